@@ -1,0 +1,104 @@
+"""Plain values -> RunConfig, with every mistake reported at once by dotted path."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from omegaconf import MISSING, OmegaConf
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from dsv2_train.config.checks import cross_check
+from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.config.run import RunConfig
+from dsv2_train.config.sections.base import Section
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def check(values: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
+    """Check plain values: unknown keys at any depth, wrong types and ranges, sections that disagree.
+
+    Returns:
+        The record of the valid fields (a wrong field without a default is absent from it), and
+        every problem found.
+    """
+    config, problems = _partial(RunConfig, values, "")
+    wrong_paths = {problem.path for problem in problems}
+    problems += [found for found in cross_check(config) if found.path not in wrong_paths]
+    return config, problems
+
+
+def load_file(path: Path) -> RunConfig:
+    """Read a resolved config.yaml.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict)
+    config, problems = check({str(key): value for key, value in values.items()})
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_file` reads it back to an equal record."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _partial(
+    cls: type[M], values: Mapping[str, Any], prefix: str
+) -> tuple[M, list[Problem]]:
+    """Validate field by field, so that one wrong value does not hide the others.
+
+    A record with problems is built without its validators, from the valid fields alone.
+    """
+    problems = [
+        _unknown_key(f"{prefix}{key}", value, list(cls.model_fields))
+        for key, value in values.items()
+        if key not in cls.model_fields
+    ]
+    valid: dict[str, Any] = {}
+    for name, field in cls.model_fields.items():
+        path = f"{prefix}{name}"
+        if name not in values or values[name] == MISSING:
+            if field.is_required():
+                problems.append(Problem(path, None, "required, set it in a preset or override it"))
+            continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            valid[name], found = _section(field.annotation, values[name], path)
+            problems += found
+            continue
+        try:
+            valid[name] = _adapter(cls, name).validate_python(values[name])
+        except ValidationError as error:
+            problems += [_describe(path, detail) for detail in error.errors()]
+    return cls.model_construct(**valid), problems
+
+
+def _section(cls: type[Section], value: object, path: str) -> tuple[Section, list[Problem]]:
+    if isinstance(value, Mapping):
+        return _partial(cls, value, f"{path}.")
+    allowed = f"must be a section with keys {', '.join(cls.model_fields)}"
+    return cls.model_construct(), [Problem(path, value, allowed)]
+
+
+def _adapter(cls: type[BaseModel], name: str) -> TypeAdapter[Any]:
+    field = cls.model_fields[name]
+    strict = ConfigDict(strict=True, extra="forbid")
+    return TypeAdapter(Annotated[field.annotation, field], config=strict)
+
+
+def _describe(path: str, detail: ErrorDetails) -> Problem:
+    where = ".".join([path, *(str(part) for part in detail["loc"])])
+    found = None if detail["type"] == "missing" else detail["input"]
+    return Problem(where, found, detail["msg"][0].lower() + detail["msg"][1:])
+
+
+def _unknown_key(path: str, value: object, known: list[str]) -> Problem:
+    close = difflib.get_close_matches(path.rsplit(".", 1)[-1], known, n=1)
+    hint = f"unknown key, did you mean {close[0]}?" if close else "unknown key, known here"
+    return Problem(path, value, hint if close else f"{hint}: {', '.join(known)}")
