@@ -1,0 +1,78 @@
+"""The chunk of the model that one rank holds."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from dsv2_train.config.run import RunConfig
+from dsv2_train.distributed.sharding import GlobalTensor, tag
+from dsv2_train.model.implementation import Choice
+from dsv2_train.model.initialize import initialize
+from dsv2_train.model.layer_spec import block_spec
+from dsv2_train.model.transformer_config import build_transformer_config
+
+
+
+def build_model(
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    choices: dict[str, Choice],
+    device: torch.device,
+) -> GPTModel:
+    """Build, tag and initialize this rank's pipeline stage.
+
+    Args:
+        config: the run.
+        groups: the rank's process groups; its place in them decides which layers and experts.
+        choices: which code serves each op.
+        device: where the weights live; on `meta` nothing is allocated or initialized.
+
+    Returns:
+        The stage, with every parameter tagged by its `GlobalTensor`. No communication.
+    """
+    stage, num_stages = groups.pp.rank(), groups.pp.size()
+    split = config.parallel.stage_layers(config.model.num_layers)
+    first_layer = sum(split[:stage])
+    layers = range(first_layer, first_layer + split[stage])
+    transformer = build_transformer_config(config.model, config.parallel, config.recipe)
+    transformer.use_cpu_initialization = device.type != "cuda"
+    with torch.device(device):
+        model = GPTModel(
+            config=transformer,
+            transformer_layer_spec=block_spec(config.model, choices, layers),
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.recipe.sequence_length,
+            pre_process=stage == 0,
+            post_process=stage == num_stages - 1,
+            position_embedding_type="none",
+            pg_collection=groups,
+        )
+    tag_parameters(model, first_layer, groups.ep.rank(), groups.ep.size())
+    if device.type != "meta":
+        initialize(model, config.run.seed, config.model.init_std)
+    return model
+
+
+def tag_parameters(model: nn.Module, first_layer: int, ep_rank: int, ep_size: int) -> None:
+    """Give every parameter its place in the whole model.
+
+    The global name is megatron-core's module path with the layer's index in the whole model;
+    stacked experts are the ep_rank-th part of the stack of all experts.
+    """
+    for name, parameter in model.named_parameters():
+        shape: tuple[int, ...] = tuple(parameter.shape)
+        offset = 0
+        if parameter.dim() == 3:
+            offset = ep_rank * parameter.numel()
+            shape = (shape[0] * ep_size, *shape[1:])
+        tag(parameter, GlobalTensor(_global_name(name, first_layer), shape, offset))
+
+
+def _global_name(local_name: str, first_layer: int) -> str:
+    parts: list[Any] = local_name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(int(parts[2]) + first_layer)
+    return ".".join(parts)

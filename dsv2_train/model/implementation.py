@@ -1,0 +1,79 @@
+"""Which code computes each op, decided once, with the reason that the start-up table shows."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.config.sections.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One op, the implementation that serves it, and why."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+def choose(parallel: ParallelConfig, device: torch.device) -> dict[str, Choice]:
+    """Resolve every `auto` for a device.
+
+    Raises:
+        ConfigError: if something asked for by name cannot run here, all such at once.
+    """
+    problems: list[Problem] = []
+    choices: dict[str, Choice] = {}
+    for op, resolve in _RULES.items():
+        asked = getattr(parallel, op)
+        choice = resolve(op, asked, device)
+        if isinstance(choice, Problem):
+            problems.append(choice)
+        else:
+            choices[op] = choice
+    if problems:
+        raise ConfigError(problems)
+    return choices
+
+
+def _torch_or_te(torch_name: str) -> Callable[[str, str, torch.device], Choice | Problem]:
+    def resolve(op: str, asked: str, device: torch.device) -> Choice | Problem:
+        missing = _why_no_te(device)
+        if asked == "te" and missing:
+            return Problem(f"parallel.{op}", asked, f"not possible here: {missing}")
+        if asked == "te":
+            return Choice(op, "transformer_engine", "asked for")
+        if asked == torch_name:
+            return Choice(op, torch_name, "asked for")
+        if missing:
+            return Choice(op, torch_name, missing)
+        return Choice(op, "transformer_engine", "CUDA and transformer-engine are there")
+
+    return resolve
+
+
+def _experts(op: str, asked: str, device: torch.device) -> Choice | Problem:
+    if asked != "auto":
+        return Choice(op, asked, "asked for")
+    if device.type == "cuda":
+        return Choice(op, "grouped_mm", "torch's grouped matmul serves CUDA")
+    return Choice(op, "loop", "fastest on a CPU and flat in the number of experts")
+
+
+def _why_no_te(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "no CUDA device"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer-engine is not installed (extra: gpu)"
+    return None
+
+
+_RULES: dict[str, Callable[[str, str, torch.device], Choice | Problem]] = {
+    "linear": _torch_or_te("torch"),
+    "norm": _torch_or_te("torch"),
+    "attention": _torch_or_te("sdpa"),
+    "experts": _experts,
+}

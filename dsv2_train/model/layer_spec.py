@@ -1,0 +1,127 @@
+"""DeepSeek-V2's layers as megatron-core specs (read against 0.16.1)."""
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from dsv2_train.config.sections.model import ModelConfig
+from dsv2_train.model.attention import CausalCoreAttention
+from dsv2_train.model.implementation import Choice
+from dsv2_train.model.moe.experts import GroupedExperts
+from dsv2_train.model.moe.router import DeviceLimitedRouter
+from dsv2_train.model.norms import RMSNorm
+
+
+def block_spec(
+    model: ModelConfig, choices: dict[str, Choice], layers: range
+) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage and the final norm.
+
+    Args:
+        model: dense layers come first, then mixtures of experts.
+        choices: which code serves each op.
+        layers: the stage's layers by their index in the whole model.
+    """
+    classes = _Classes(choices)
+    specs = [
+        _layer(model, classes, dense=index < model.num_dense_layers, choices=choices)
+        for index in layers
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=classes.norm)
+
+
+class _Classes:
+    """The class for each kind of module, from the choices."""
+
+    def __init__(self, choices: dict[str, Choice]) -> None:
+        self.column, self.row = ColumnParallelLinear, RowParallelLinear
+        self.norm: Any = RMSNorm
+        self.core_attention: Any = CausalCoreAttention
+        if not any(choice.implementation == "transformer_engine" for choice in choices.values()):
+            return
+        # Optional package: importable only where transformer-engine is installed.
+        from megatron.core.extensions import transformer_engine as te  # noqa: PLC0415
+
+        if choices["linear"].implementation == "transformer_engine":
+            self.column, self.row = te.TEColumnParallelLinear, te.TERowParallelLinear
+        if choices["norm"].implementation == "transformer_engine":
+            self.norm = te.TENorm
+        if choices["attention"].implementation == "transformer_engine":
+            self.core_attention = te.TEDotProductAttention
+
+
+def _layer(
+    model: ModelConfig, classes: _Classes, *, dense: bool, choices: dict[str, Choice]
+) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=classes.norm,
+            self_attention=_attention(model, classes),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=classes.norm,
+            mlp=_dense_mlp(classes) if dense else _mixture(classes, choices["experts"]),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention(model: ModelConfig, classes: _Classes) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=classes.column,
+            linear_q_down_proj=classes.column,
+            linear_q_up_proj=classes.column,
+            linear_kv_down_proj=classes.column,
+            linear_kv_up_proj=classes.column,
+            core_attention=classes.core_attention,
+            linear_proj=classes.row,
+            q_layernorm=_latent_norm(classes, model.q_latent_scale),
+            kv_layernorm=_latent_norm(classes, model.kv_latent_scale),
+        ),
+    )
+
+
+def _latent_norm(classes: _Classes, scale: float) -> Any:
+    if scale == 1.0:
+        return classes.norm
+    return ModuleSpec(module=RMSNorm, params={"scale": scale})
+
+
+def _mlp_submodules(classes: _Classes) -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=classes.column, linear_fc2=classes.row)
+
+
+def _dense_mlp(classes: _Classes) -> ModuleSpec:
+    return ModuleSpec(module=MLP, submodules=_mlp_submodules(classes))
+
+
+def _mixture(classes: _Classes, experts: Choice) -> ModuleSpec:
+    implementation = {"implementation": experts.implementation}
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            router=DeviceLimitedRouter,
+            experts=ModuleSpec(module=GroupedExperts, params=implementation),
+            shared_experts=ModuleSpec(
+                module=SharedExpertMLP, submodules=_mlp_submodules(classes)
+            ),
+        ),
+    )
