@@ -1,0 +1,1 @@
+"""The paper as arithmetic: pure functions of the configuration and the clock, without torch."""
