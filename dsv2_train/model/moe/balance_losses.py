@@ -38,9 +38,8 @@ def balance_losses(
     """
     num_tokens, num_sequences, num_experts = affinities.shape
     by_group = (num_sequences, num_device_groups, num_experts // num_device_groups)
-    top_k = selected[0, 0].sum()
-    counts = selected.sum(dim=0)
-    expert_load = counts.to(affinities.dtype) * (num_experts / (top_k * num_tokens))
+    counts = selected.sum(dim=0).to(affinities.dtype)
+    expert_load = counts * num_experts / counts.sum(dim=-1, keepdim=True)
     expert_share = affinities.mean(dim=0)
     device_load = expert_load.view(by_group).mean(dim=-1)
     device_share = expert_share.view(by_group).sum(dim=-1)
