@@ -1,0 +1,1 @@
+"""Fast computations: pure functions and their hand-written gradients, no megatron-core."""

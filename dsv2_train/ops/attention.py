@@ -1,0 +1,113 @@
+"""Causal attention whose value heads are narrower than its query and key heads (MLA).
+
+causal_attention(q, k, v, softmax_scale) -> out
+"""
+
+# S positions, B samples, n heads, d query and key width, w value width
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Queries per block on CPU. Scores of keys that come after a block are never computed; smaller
+# blocks waste less of the diagonal but make smaller products. 64 was the fastest of 32 to 256 for
+# 128 to 1,024 positions of 48-wide heads.
+_BLOCK = 64
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """Scaled dot-product attention over each position's past and itself.
+
+    Args:
+        q: [S, B, n, d], any strides.
+        k: [S, B, n, d].
+        v: [S, B, n, w].
+        softmax_scale: multiplies the scores.
+
+    Returns:
+        [S, B, n * w] in the dtype of the inputs.
+
+    Note:
+        On CUDA torch's `scaled_dot_product_attention` picks a back end that takes the two widths.
+        On CPU that function is slow for unequal widths and computes both triangles; there the
+        attention runs in blocks of queries and keeps their softmax for the backward pass: about
+        B n S (S + 64) / 2 elements. No communication.
+    """
+    if q.is_cuda:
+        return _fused_attention(q, k, v, softmax_scale)
+    out: Tensor = _BlockedAttention.apply(  # type: ignore[no-untyped-call]
+        q, k, v, softmax_scale
+    )
+    return out
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=softmax_scale
+    )
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        scaled_q = _heads_first(q) * softmax_scale
+        keys, values = _heads_first(k), _heads_first(v)
+        out = v.new_empty(v.shape)
+        future = q.new_full((_BLOCK, _BLOCK), -math.inf).triu_(1)
+        softmaxes = []
+        for start, stop in _blocks(q.size(0)):
+            scores = torch.bmm(scaled_q[:, start:stop], keys[:, :stop].mT)
+            size = stop - start
+            scores[:, :, start:].add_(future[:size, :size])
+            softmax = torch.softmax(scores, dim=-1, out=scores)
+            block = torch.bmm(softmax, values[:, :stop])
+            out[start:stop] = _heads_last(block, v.size(1))
+            softmaxes.append(softmax)
+        ctx.softmax_scale = softmax_scale
+        ctx.save_for_backward(scaled_q, keys, values, out, *softmaxes)
+        return out.flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        scaled_q, keys, values, out, *softmaxes = ctx.saved_tensors
+        num_samples = out.size(1)
+        grad_out = grad_out.view(out.shape)
+        # The softmax's backward subtracts sum_j P_ij dP_ij, which equals out_i . grad_out_i.
+        row_sums = _heads_first((grad_out * out).sum(dim=-1, keepdim=True))
+        grad_rows = _heads_first(grad_out)
+        grad_q = torch.empty_like(scaled_q)
+        grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
+        for (start, stop), softmax in zip(_blocks(out.size(0)), softmaxes, strict=True):
+            rows = grad_rows[:, start:stop]
+            grad_v[:, :stop].baddbmm_(softmax.mT, rows)
+            grad_scores = torch.bmm(rows, values[:, :stop].mT)
+            grad_scores.sub_(row_sums[:, start:stop]).mul_(softmax)
+            grad_q[:, start:stop] = torch.bmm(grad_scores, keys[:, :stop])
+            grad_k[:, :stop].baddbmm_(grad_scores.mT, scaled_q[:, start:stop])
+        grad_q.mul_(ctx.softmax_scale)
+        return (
+            _heads_last(grad_q, num_samples),
+            _heads_last(grad_k, num_samples),
+            _heads_last(grad_v, num_samples),
+            None,
+        )
+
+
+def _blocks(num_positions: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, num_positions, _BLOCK):
+        yield start, min(start + _BLOCK, num_positions)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[S, B, n, c] -> contiguous [B * n, S, c]."""
+    return x.permute(1, 2, 0, 3).flatten(0, 1).contiguous()
+
+
+def _heads_last(x: Tensor, num_samples: int) -> Tensor:
+    """[B * n, S, c] -> [S, B, n, c], a view."""
+    return x.view(num_samples, -1, *x.shape[1:]).permute(2, 0, 1, 3)

@@ -1,0 +1,159 @@
+"""SwiGLU experts over rows sorted by expert, as one operation.
+
+`grouped_experts(x, tokens_per_expert, fc1, fc2, gate_values, *, implementation) -> y`: for each
+row r of expert e, [g; u] = fc1[e] x_r and y_r = fc2[e] (gate_values_r * silu(g) * u).
+"""
+
+# T rows (assignments), E experts, h hidden size, f intermediate size of one expert
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dsv2_train.ops.main_grad import gradient_buffer, mark_added
+
+Implementation = Literal["loop", "grouped_mm"]
+
+
+def grouped_experts(
+    x: Tensor,
+    tokens_per_expert: Tensor | Sequence[int],
+    fc1: Tensor,
+    fc2: Tensor,
+    gate_values: Tensor,
+    *,
+    implementation: Implementation,
+) -> Tensor:
+    """Run each row through its expert, times its gate value (DeepSeek-V2, equations 20 and 21).
+
+    Args:
+        x: [T, h], rows of expert 0 first, then of expert 1, and so on.
+        tokens_per_expert: E counts, zeros allowed, summing to T. `loop` reads them on the host:
+            give a list or a CPU tensor.
+        fc1: [E, 2f, h], gate rows first, then up rows. Dtype of `x`.
+        fc2: [E, h, f]. Dtype of `x`.
+        gate_values: [T], any float dtype; enters the activation, before fc2.
+        implementation: `loop` multiplies expert by expert into one buffer: any device and dtype,
+            fastest on CPU. `grouped_mm` is torch's grouped kernel: one launch, no host sync, CUDA
+            bf16.
+
+    Returns:
+        [T, h] in the dtype of `x`.
+
+    Note:
+        No communication. Weight gradients are added to `main_grad` where a weight has one (see
+        `ops.main_grad`). Saves x, [g; u] and the gate values for the backward pass: T (h + 2f + 1)
+        elements; the activation is recomputed.
+    """
+    assert x.size(-1) == fc1.size(-1) == fc2.size(-2) and fc1.size(-2) == 2 * fc2.size(-1)
+    products = _Loop(tokens_per_expert) if implementation == "loop" else _Grouped(tokens_per_expert)
+    y: Tensor = _GroupedExperts.apply(  # type: ignore[no-untyped-call]
+        x, fc1, fc2, gate_values.unsqueeze(-1), products
+    )
+    return y
+
+
+class _Loop:
+    """The three products expert by expert, each into its slice of one buffer."""
+
+    def __init__(self, tokens_per_expert: Tensor | Sequence[int]) -> None:
+        counts = tokens_per_expert
+        sizes = counts.tolist() if isinstance(counts, Tensor) else list(counts)
+        self.used = [expert for expert, size in enumerate(sizes) if size]
+        self.unused = [expert for expert, size in enumerate(sizes) if not size]
+        self.sizes = [sizes[expert] for expert in self.used]
+
+    def rows_times(self, x: Tensor, weights: Tensor) -> Tensor:
+        """[T, a] times the expert's [a, b] of [E, a, b] -> [T, b]."""
+        out = x.new_empty(x.size(0), weights.size(2))
+        matrices = weights.unbind(0)
+        slices = zip(
+            self.used, x.split_with_sizes(self.sizes), out.split_with_sizes(self.sizes), strict=True
+        )
+        for expert, rows, target in slices:
+            torch.mm(rows, matrices[expert], out=target)
+        return out
+
+    def outer(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Gradient [E, A, B] of `weight` from a [T, A] and b [T, B]: per expert, a^T b."""
+        buffer = gradient_buffer(weight)
+        if buffer is not None and buffer.dtype != a.dtype:
+            a, b = a.to(buffer.dtype), b.to(buffer.dtype)
+        gradients = torch.empty_like(weight) if buffer is None else buffer
+        matrices = gradients.unbind(0)
+        beta = 0 if buffer is None else 1
+        slices = zip(
+            self.used,
+            a.t().split_with_sizes(self.sizes, dim=1),
+            b.split_with_sizes(self.sizes),
+            strict=True,
+        )
+        for expert, left, right in slices:
+            matrices[expert].addmm_(left, right, beta=beta)
+        if buffer is not None:
+            return mark_added(weight)
+        for expert in self.unused:
+            matrices[expert].zero_()
+        return gradients
+
+
+class _Grouped:
+    """The three products by torch's grouped matrix multiplication."""
+
+    def __init__(self, tokens_per_expert: Tensor | Sequence[int]) -> None:
+        self.counts = torch.as_tensor(tokens_per_expert)
+
+    def rows_times(self, x: Tensor, weights: Tensor) -> Tensor:
+        """[T, a] times the expert's [a, b] of [E, a, b] -> [T, b]."""
+        return torch.nn.functional.grouped_mm(x, weights, offs=self._ends(x))
+
+    def outer(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Gradient [E, A, B] of `weight` from a [T, A] and b [T, B]: per expert, a^T b."""
+        gradients = torch.nn.functional.grouped_mm(a.t(), b, offs=self._ends(a))
+        buffer = gradient_buffer(weight)
+        if buffer is None:
+            return gradients
+        buffer.add_(gradients)
+        return mark_added(weight)
+
+    def _ends(self, x: Tensor) -> Tensor:
+        return self.counts.to(x.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+
+
+class _GroupedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, fc1: Tensor, fc2: Tensor, gates: Tensor, products: _Loop | _Grouped
+    ) -> Tensor:
+        projected = products.rows_times(x, fc1.mT)
+        gate, up = projected.chunk(2, dim=-1)
+        activation = torch.nn.functional.silu(gate).mul_(up).mul_(gates)
+        ctx.save_for_backward(x, fc1, fc2, gates, projected)
+        ctx.products = products
+        return products.rows_times(activation, fc2.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, fc1, fc2, gates, projected = ctx.saved_tensors
+        products = ctx.products
+        grad_y = grad_y.contiguous()
+        gate, up = projected.chunk(2, dim=-1)
+        silu = torch.nn.functional.silu(gate)
+        activation = silu * up
+
+        grad_activation = products.rows_times(grad_y, fc2)
+        grad_gates = (grad_activation * activation).sum(dim=-1, keepdim=True, dtype=gates.dtype)
+        grad_fc2 = products.outer(fc2, grad_y, activation.mul_(gates))
+
+        grad_activation.mul_(gates)
+        grad_projected = torch.empty_like(projected)
+        grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
+        torch.mul(grad_activation, silu, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(
+            grad_activation.mul_(up), gate, grad_input=grad_gate
+        )
+        grad_fc1 = products.outer(fc1, grad_projected, x)
+        grad_x = products.rows_times(grad_projected, fc1)
+        return grad_x, grad_fc1, grad_fc2, grad_gates, None

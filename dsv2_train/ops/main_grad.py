@@ -1,0 +1,30 @@
+"""Where a weight's gradient goes: into megatron-core's gradient buffer, or back to autograd.
+
+megatron-core's data parallel wrapper gives each parameter `main_grad`, a view of one contiguous
+gradient buffer, and `grad_added_to_main_grad`. An op that adds its weight gradient to `main_grad`
+itself and sets the flag saves a gradient tensor of the weight's size and one pass over it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gradient_buffer(weight: Tensor) -> Tensor | None:
+    """The buffer that `weight`'s gradient is to be added to, None where autograd keeps it."""
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    buffer: Tensor | None = getattr(weight, "main_grad", None)
+    return buffer
+
+
+def mark_added(weight: Tensor) -> Tensor:
+    """Say that `weight`'s gradient is in its buffer; returns what backward hands to autograd.
+
+    Returns:
+        An uninitialized tensor like `weight`: the wrapper's hook asserts that some gradient
+        exists when reductions overlap the backward pass, and drops it unread. Its memory is never
+        touched.
+    """
+    assert not getattr(weight, "zero_out_wgrad", False), "embedding and head are not tied here"
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight)
