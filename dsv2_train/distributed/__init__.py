@@ -1,0 +1,1 @@
+"""Processes, their groups, and what a rank holds of the whole model."""

@@ -1,0 +1,194 @@
+"""What megatron-core 0.16.1 takes from CUDA, answered on a machine without CUDA.
+
+Every answer is one function that names the megatron-core symbols it serves. With all of them
+installed, the process groups, the schedules, the all-to-all dispatcher, DistributedDataParallel and
+the DistributedOptimizer run unchanged on CPU ranks over gloo.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from types import FunctionType
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer import utils as transformer_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from torch import Tensor
+
+
+def install() -> None:
+    """Answer every assumption below, once; where CUDA is, only that transformer-engine is there.
+
+    Note:
+        Replaces attributes of `torch.cuda` and of megatron-core modules for the whole process.
+    """
+    answer_undefined_names()
+    if torch.cuda.is_available() or torch.cuda.Stream is _Stream:
+        return
+    for answer in ANSWERS:
+        answer()
+
+
+def answer_current_device() -> None:
+    """`torch.cuda.current_device()` wherever megatron-core allocates.
+
+    Serves the linears, mappings, rotary embeddings, DDP buffers and pipeline receives. The default
+    device is the CPU, or what an enclosing `with torch.device(...)` says.
+    """
+    _replace(torch.cuda, current_device=torch.get_default_device)
+
+
+def answer_streams() -> None:
+    """Streams and events: `shared_experts`, `token_dispatcher`, `p2p_communication`, DDP.
+
+    The CPU runs in order, so that there is nothing to wait for.
+    """
+    _replace(
+        torch.cuda,
+        Stream=_Stream,
+        stream=contextlib.nullcontext,
+        current_stream=_Stream,
+        default_stream=_Stream,
+        synchronize=_nothing,
+    )
+
+
+def answer_random_state() -> None:
+    """The generator behind `tensor_parallel.random`: tracker, seeds and recomputation.
+
+    It is the CPU's here, and megatron-core logs a warning when that one moves inside a fork.
+    """
+    _replace(
+        torch.cuda,
+        get_rng_state=_get_random_state,
+        manual_seed=torch.default_generator.manual_seed,
+    )
+    _replace(random, _get_cuda_rng_state=_get_random_state, _set_cuda_rng_state=_set_random_state)
+    logging.getLogger(random.__name__).addFilter(_moves_elsewhere)
+
+
+def answer_device_literals() -> None:
+    """`device="cuda"` in the schedules' token counts, in the optimizer and in causal masks."""
+    _rewrite_constants(
+        {"cuda": "cpu"},
+        schedules.forward_backward_no_pipelining,
+        schedules.forward_backward_pipelining_without_interleaving,
+        schedules.forward_backward_pipelining_with_interleaving,
+        MixedPrecisionOptimizer.__init__,
+        transformer_utils.get_default_causal_mask,
+    )
+
+
+def answer_tensor_type_names() -> None:
+    """`torch.cuda.FloatTensor` and its kin, which the DistributedOptimizer tells dtypes by."""
+    names = ("FloatTensor", "HalfTensor", "BFloat16Tensor")
+    _rewrite_constants(
+        {f"torch.cuda.{name}": f"torch.{name}" for name in names},
+        DistributedOptimizer.__init__,
+        DistributedOptimizer._build_model_and_main_param_groups.__func__,
+    )
+
+
+def answer_split_sizes() -> None:
+    """`token_dispatcher.maybe_move_tensor_to_cpu`: the all-to-all takes its sizes as host values.
+
+    megatron-core converts only what comes from a GPU.
+    """
+    _replace(token_dispatcher, maybe_move_tensor_to_cpu=_to_host)
+
+
+def answer_undefined_names() -> None:
+    """Names that 0.16.1 leaves undefined without transformer-engine, on CUDA too.
+
+    `moe_utils.te_general_gemm`: router gating asks whether it is None.
+    `multi_latent_attention.TELinear`: `HAVE_TE` is true there all the same, and `isinstance` asks.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        _replace(moe_utils, te_general_gemm=None)
+    if multi_latent_attention.TELinear is None:
+        _replace(multi_latent_attention, HAVE_TE=False)
+
+
+ANSWERS: tuple[Callable[[], None], ...] = (
+    answer_current_device,
+    answer_streams,
+    answer_random_state,
+    answer_device_literals,
+    answer_tensor_type_names,
+    answer_split_sizes,
+)
+
+
+class _Stream:
+    """A stream, and the event recorded on it, of a device that runs in order."""
+
+    def __init__(self, device: object = None) -> None:
+        del device
+
+    def wait_stream(self, stream: "_Stream") -> None:
+        pass
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _nothing(device: object = None) -> None:
+    del device
+
+
+def _get_random_state(
+    device: object = None, clone: bool = False, graph_safe: bool = False
+) -> Tensor:
+    assert not graph_safe, "CUDA graphs need CUDA"
+    del device, clone
+    return torch.get_rng_state()
+
+
+def _set_random_state(new_state: Tensor, device: object = -1, graph_safe: bool = False) -> None:
+    assert not graph_safe, "CUDA graphs need CUDA"
+    del device
+    torch.set_rng_state(new_state)
+
+
+def _moves_elsewhere(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed" not in record.getMessage()
+
+
+def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    del record_stream
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
+def _replace(owner: object, **attributes: object) -> None:
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+
+
+def _rewrite_constants(new: dict[str, str], *functions: FunctionType) -> None:
+    """Exchange string constants in compiled functions, in place.
+
+    Raises:
+        LookupError: for a function that has none of them any more.
+    """
+
+    def exchange(constant: object) -> object:
+        if isinstance(constant, tuple):
+            return tuple(exchange(item) for item in constant)
+        return new.get(constant, constant) if isinstance(constant, str) else constant
+
+    for function in functions:
+        constants = exchange(function.__code__.co_consts)
+        assert isinstance(constants, tuple)
+        if constants == function.__code__.co_consts:
+            raise LookupError(
+                f"{function.__qualname__}: none of {list(new)} in it; drop its answer"
+            )
+        function.__code__ = function.__code__.replace(co_consts=constants)

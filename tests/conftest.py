@@ -1,0 +1,29 @@
+"""What every test gets: warnings are errors, except those named here; worlds of processes."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers.world import World
+
+# Said by megatron-core and torch when they are imported; none concerns how we use them.
+IMPORT_WARNINGS = (
+    "ignore:Transformer Engine and Apex are not installed:UserWarning",
+    "ignore:Apex is not installed:UserWarning",
+    "ignore:`torch.jit.script:DeprecationWarning",
+    "ignore:The following imports from `dynamic_context.py`:DeprecationWarning",
+    "ignore:\\s*The 'megatron.core.transformer.custom_layers:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in IMPORT_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def world(pytestconfig: pytest.Config) -> Iterator[World]:
+    """`world.run(function, world_size, *args)`: results by rank; starts when first used."""
+    pool = World(pytestconfig.getini("filterwarnings"))
+    yield pool
+    pool.close()
