@@ -1,0 +1,1 @@
+"""What a person types: verbs, the launcher, Hydra. Each composes, checks and calls one room."""

@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,30 +18,51 @@ from dsv2_train.config.problems import ConfigError, Problem
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
+_ComposeErrors = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One point of a sweep.
+
+    Attributes:
+        overrides: every override, those of the sweep with one value each.
+        swept: key and value of the sweep's overrides alone.
+    """
+
+    overrides: tuple[str, ...]
+    swept: tuple[tuple[str, str], ...]
+
 
 def compose_values(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
     """Compose `configs/train.yaml` with overrides into plain, unchecked values.
 
     A key that no preset names is added, not refused here: `config.load.check` reports it together
-    with every other mistake. An override that is none, or a group without such an option, is
-    reported and left out.
+    with every other mistake. An override that cannot be composed is reported and left out.
+
+    Raises:
+        ConfigError: when nothing can be composed, for instance for a preset that is not YAML.
     """
     parsed, problems = _parse(overrides)
-    bad_choices = [(override, problem) for override in parsed for problem in _bad_choice(override)]
-    problems += [problem for _, problem in bad_choices]
-    refused = [override for override, _ in bad_choices]
-    lines = [_forced(override) for override in parsed if override not in refused]
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            composed = OmegaConf.to_container(compose("train", lines), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, Problem("override", list(overrides), _one_line(error))]) from error
-    assert isinstance(composed, dict)
-    composed.pop("experiment", None)
-    return {str(key): value for key, value in composed.items()}, problems
+    lines: dict[str, str] = {}
+    for override in parsed:
+        found = list(_check_override(override))
+        problems += found
+        if not found:
+            lines[_forced(override)] = override.key_or_group
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        error = _compose_error(list(lines))
+        if error is not None:
+            alone = {line: _compose_error([line]) for line in lines}
+            guilty = {line: why for line, why in alone.items() if why is not None}
+            problems += [Problem(lines[line], line, why) for line, why in guilty.items()]
+            lines = {line: key for line, key in lines.items() if line not in guilty}
+            if not guilty or _compose_error(list(lines)) is not None:
+                raise ConfigError([*problems, Problem("configs/train.yaml", list(lines), error)])
+        return _composed(list(lines)), problems
 
 
-def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
+def expand_sweep(overrides: Sequence[str]) -> list[Combination]:
     """Every combination of sweep overrides (`key=a,b`, `key=range(1,4)`), in Hydra's order.
 
     Raises:
@@ -48,14 +71,30 @@ def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     parsed, problems = _parse(overrides)
     if problems:
         raise ConfigError(problems)
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [str(override.input_line)]
-        for override in parsed
-    ]
-    for combination in itertools.product(*choices):
-        yield list(combination)
+    swept = [override for override in parsed if override.is_sweep_override()]
+    fixed = tuple(str(override.input_line) for override in parsed if override not in swept)
+    choices = [_choices(override) for override in swept]
+    keys = [override.key_or_group for override in swept]
+    combinations: list[Combination] = []
+    for values in itertools.product(*choices):
+        pairs = tuple(zip(keys, values, strict=True))
+        lines = tuple(f"{key}={value}" for key, value in pairs)
+        combinations.append(Combination(fixed + lines, pairs))
+    return combinations
+
+
+def _composed(lines: list[str]) -> dict[str, Any]:
+    values = OmegaConf.to_container(compose("train", lines), resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _compose_error(lines: list[str]) -> str | None:
+    try:
+        _composed(lines)
+    except _ComposeErrors as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
@@ -66,27 +105,40 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
         try:
             parsed.append(parser.parse_override(line))
         except HydraException as error:
-            problems.append(Problem("override", line, f"must be key=value ({_one_line(error)})"))
+            reason = " ".join(str(error).split())
+            problems.append(Problem("override", line, f"must be key=value ({reason})"))
     return parsed, problems
+
+
+def _check_override(override: Override) -> Iterator[Problem]:
+    key, value = override.key_or_group, override.value()
+    text = str(override.input_line).partition("=")[2]
+    if override.is_sweep_override():
+        allowed = "must be one value; a sweep needs -m (--multirun), a list is key=[a,b]"
+        yield Problem(key, text, allowed)
+    elif key.partition(".")[0] == "hydra":
+        yield Problem(key, text, "unknown key: Hydra only composes here, the run has no hydra.*")
+    elif _is_group(override) and value is not None and not override.is_delete():
+        options = _options(key)
+        if value not in options:
+            yield Problem(key, text, f"must be one of {', '.join(options)}")
+
+
+def _choices(override: Override) -> list[str]:
+    value = override.value()
+    if isinstance(value, Glob):
+        return list(value.filter(_options(override.key_or_group)))
+    return [str(choice) for choice in override.sweep_string_iterator()]
 
 
 def _is_group(override: Override) -> bool:
     return (CONFIG_DIR / override.key_or_group).is_dir()
 
 
-def _bad_choice(override: Override) -> Iterator[Problem]:
-    group, choice = override.key_or_group, override.value()
-    if not _is_group(override) or choice is None or override.is_delete():
-        return
-    options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
-    if choice not in options:
-        yield Problem(group, choice, f"must be one of {', '.join(options)}")
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
 def _forced(override: Override) -> str:
     line = str(override.input_line)
     return line if _is_group(override) or override.is_delete() else f"++{line.lstrip('+')}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

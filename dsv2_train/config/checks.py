@@ -51,7 +51,9 @@ def _experts(config: RunConfig) -> Iterator[Problem]:
 def _expert_parallel(config: RunConfig) -> Iterator[Problem]:
     groups = config.model.num_device_groups
     if groups % config.parallel.ep:
-        yield Problem("parallel.ep", config.parallel.ep, f"must divide D = model.num_device_groups = {groups}")
+        yield Problem(
+            "parallel.ep", config.parallel.ep, f"must divide D = model.num_device_groups = {groups}"
+        )
 
 
 def _rope(config: RunConfig) -> Iterator[Problem]:
@@ -69,7 +71,11 @@ def _layers(config: RunConfig) -> Iterator[Problem]:
         yield Problem("parallel.pp", parallel.pp, allowed)
     split = parallel.layers_per_stage
     if split is not None and len(split) != parallel.pp:
-        yield Problem("parallel.layers_per_stage", list(split), f"must have parallel.pp = {parallel.pp} entries")
+        yield Problem(
+            "parallel.layers_per_stage",
+            list(split),
+            f"must have parallel.pp = {parallel.pp} entries",
+        )
     if split is not None and sum(split) != model.num_layers:
         allowed = f"must add up to model.num_layers = {model.num_layers}, adds up to {sum(split)}"
         yield Problem("parallel.layers_per_stage", list(split), allowed)
@@ -80,11 +86,16 @@ def _length(config: RunConfig) -> Iterator[Problem]:
     if recipe.num_steps is None and recipe.num_tokens is None:
         yield Problem("recipe.num_steps", None, "set it, or recipe.num_tokens, or both")
     if list(recipe.decay_at) != sorted(set(recipe.decay_at)):
-        yield Problem("recipe.decay_at", list(recipe.decay_at), "must be increasing shares of the budget")
+        yield Problem(
+            "recipe.decay_at", list(recipe.decay_at), "must be increasing shares of the budget"
+        )
 
 
 def _batch(config: RunConfig) -> Iterator[Problem]:
-    recipe, dp = config.recipe, config.parallel.dp
+    recipe, parallel = config.recipe, config.parallel
+    if parallel.world_size % (parallel.pp * parallel.ep):
+        return
+    dp = parallel.dp
     unit = recipe.micro_batch_size * dp
     sizes = {
         "recipe.global_batch_size": recipe.global_batch_size,
@@ -94,7 +105,7 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
         sizes["recipe.batch_ramp.start_batch_size"] = recipe.batch_ramp.start_batch_size
         sizes["recipe.batch_ramp.multiple_of"] = recipe.batch_ramp.multiple_of
     for path, size in sizes.items():
-        if unit == 0 or size % unit:
+        if size % unit:
             allowed = (
                 f"must be a multiple of recipe.micro_batch_size * dp = "
                 f"{recipe.micro_batch_size} * {dp} = {unit}"
@@ -114,14 +125,20 @@ def _ramp(config: RunConfig) -> Iterator[Problem]:
         ("recipe.global_batch_size", recipe.global_batch_size),
     ):
         if size % ramp.multiple_of:
-            yield Problem(path, size, f"must be a multiple of recipe.batch_ramp.multiple_of = {ramp.multiple_of}")
+            yield Problem(
+                path,
+                size,
+                f"must be a multiple of recipe.batch_ramp.multiple_of = {ramp.multiple_of}",
+            )
 
 
 def _context(config: RunConfig) -> Iterator[Problem]:
     yarn, length = config.model.yarn, config.recipe.sequence_length
     if yarn is not None and length > yarn.original_max_position * yarn.factor:
         limit = int(yarn.original_max_position * yarn.factor)
-        yield Problem("recipe.sequence_length", length, f"must be at most {limit}, what model.yarn reaches")
+        yield Problem(
+            "recipe.sequence_length", length, f"must be at most {limit}, what model.yarn reaches"
+        )
 
 
 _CHECKS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (

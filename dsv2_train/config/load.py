@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import yaml
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -18,7 +20,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def check(values: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
-    """Check plain values: unknown keys at any depth, wrong types and ranges, sections that disagree.
+    """Check plain values: unknown keys at any depth, types, ranges, sections that disagree.
 
     Returns:
         The record of the valid fields (a wrong field without a default is absent from it), and
@@ -36,12 +38,31 @@ def load_file(path: Path) -> RunConfig:
     Raises:
         ConfigError: with every problem found.
     """
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(values, dict)
-    config, problems = check({str(key): value for key, value in values.items()})
+    config, problems = check(read_values(path))
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a config.yaml as plain, unchecked values.
+
+    Raises:
+        ConfigError: if it cannot be read or is no YAML mapping.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([Problem(str(path), None, f"must be a YAML file ({reason})")]) from error
+    if not isinstance(values, dict):
+        raise ConfigError([Problem(str(path), values, "must be a mapping of sections")])
+    return {str(key): value for key, value in values.items()}
+
+
+def missing(path: str) -> Problem:
+    """The problem of a required key that nothing sets."""
+    return Problem(path, None, "required, set it in a preset or override it")
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -49,9 +70,7 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def _partial(
-    cls: type[M], values: Mapping[str, Any], prefix: str
-) -> tuple[M, list[Problem]]:
+def _partial(cls: type[M], values: Mapping[str, Any], prefix: str) -> tuple[M, list[Problem]]:
     """Validate field by field, so that one wrong value does not hide the others.
 
     A record with problems is built without its validators, from the valid fields alone.
@@ -66,7 +85,7 @@ def _partial(
         path = f"{prefix}{name}"
         if name not in values or values[name] == MISSING:
             if field.is_required():
-                problems.append(Problem(path, None, "required, set it in a preset or override it"))
+                problems.append(missing(path))
             continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             valid[name], found = _section(field.annotation, values[name], path)
@@ -89,7 +108,8 @@ def _section(cls: type[Section], value: object, path: str) -> tuple[Section, lis
 def _adapter(cls: type[BaseModel], name: str) -> TypeAdapter[Any]:
     field = cls.model_fields[name]
     strict = ConfigDict(strict=True, extra="forbid")
-    return TypeAdapter(Annotated[field.annotation, field], config=strict)
+    annotation: Any = Annotated[field.annotation, field]
+    return TypeAdapter(annotation, config=strict)
 
 
 def _describe(path: str, detail: ErrorDetails) -> Problem:

@@ -1,0 +1,1 @@
+"""What launch/local.sh runs: check everything, then start the ranks of one node."""

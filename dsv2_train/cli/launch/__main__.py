@@ -1,0 +1,88 @@
+"""`python -m dsv2_train.cli.launch`: overrides -> one run, or a sweep of runs, on this node."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dsv2_train.cli.launch.run_folder import Launch, inspect
+from dsv2_train.cli.launch.sweep import named_runs
+from dsv2_train.cli.launch.torchrun import run_ranks
+from dsv2_train.cli.main import report_errors
+from dsv2_train.cli.resolve import resolve
+from dsv2_train.config.load import to_yaml
+from dsv2_train.config.problems import ConfigError, Problem
+
+EXAMPLES = """\
+examples:
+  launch/local.sh experiment=quickstart
+  launch/local.sh experiment=quickstart parallel.pp=4 parallel.ep=1 run.name=pp4
+  launch/local.sh experiment=quickstart --cfg job
+  launch/local.sh -m experiment=quickstart optim.lr=1e-3,3e-3 recipe.num_steps=100
+
+A run that was stopped goes on from its newest checkpoint when the same line is given again.
+Exit status: 0 done or stopped cleanly, 2 for a configuration error, 1 otherwise."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Launch what the command line asks for; returns the exit status."""
+    parsed = _parser().parse_intermixed_args(arguments)
+    return report_errors(lambda: _launch(parsed))
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    if arguments.multirun:
+        combinations = named_runs(arguments.overrides)
+    else:
+        combinations = [list(arguments.overrides)]
+    if arguments.cfg:
+        print(
+            "---\n".join(to_yaml(resolve(line, need_data=False)) for line in combinations), end=""
+        )
+        return 0
+    for launch in _check_all(combinations):
+        print(launch.describe(), flush=True)
+        if launch.is_finished:
+            continue
+        launch.write_config()
+        world_size = launch.config.parallel.world_size
+        outcome = run_ranks(launch.worker, world_size, launch.next_log_dir())
+        if outcome.status != 0 or outcome.was_stopped:
+            return outcome.status
+    return 0
+
+
+def _check_all(combinations: Sequence[Sequence[str]]) -> list[Launch]:
+    """Check every combination before the first one starts."""
+    launches: list[Launch] = []
+    problems: dict[str, Problem] = {}
+    for overrides in combinations:
+        try:
+            launches.append(inspect(resolve(overrides, need_data=True)))
+        except ConfigError as error:
+            problems.update({str(problem): problem for problem in error.problems})
+    folders = [str(launch.config.run.folder) for launch in launches]
+    for folder in sorted({folder for folder in folders if folders.count(folder) > 1}):
+        problem = Problem("run.name", folder, "two runs of this sweep would write to this folder")
+        problems[str(problem)] = problem
+    if problems:
+        raise ConfigError(list(problems.values()))
+    return launches
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/local.sh",
+        description="Check a configuration, then train on this node, one process a rank.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and end")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="run every combination of key=a,b in turn"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

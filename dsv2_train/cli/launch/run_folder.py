@@ -1,0 +1,118 @@
+"""A run folder and what a launch does with it: begin, go on, or say that the run is finished."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv2_train.checkpoint import layout
+from dsv2_train.cli.launch.changes import Change, changes, refused
+from dsv2_train.config.load import read_values, to_yaml
+from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.config.run import RunConfig
+from dsv2_train.recipe.clock import Schedule
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One run, checked and ready to start.
+
+    Attributes:
+        config: what it is to do now.
+        saved_step: steps of its newest checkpoint; None without one.
+        changes: what differs from the configuration of that checkpoint.
+    """
+
+    config: RunConfig
+    saved_step: int | None
+    changes: tuple[Change, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.run.folder
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return Schedule(self.config.recipe, self.config.optim).num_steps
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the newest checkpoint is that of the last step."""
+        return self.saved_step is not None and self.saved_step >= self.num_steps
+
+    @property
+    def worker(self) -> Sequence[str]:
+        """What torchrun runs on every rank."""
+        return ["-m", "dsv2_train.cli.train", "--config", str(self.folder / layout.CONFIG)]
+
+    def next_log_dir(self) -> Path:
+        """A new folder for what the ranks of this launch write."""
+        return _numbered(self.folder / "logs", "launch_")
+
+    def describe(self) -> str:
+        """What happens now, in a few lines for the terminal."""
+        parallel = self.config.parallel
+        name, done, total = self.config.run.name, self.saved_step, self.num_steps
+        if self.is_finished:
+            return (
+                f"run {name} is finished: {done} of {total} steps, in {self.folder}\n"
+                f"  train longer: recipe.num_steps={2 * total}; train anew: run.name=another"
+            )
+        begins = "begins" if done is None else f"goes on after step {done}"
+        layout = f"PP {parallel.pp} x EP {parallel.ep} x DP {parallel.edp}"
+        lines = [f"run {name} {begins}: {total} steps, {parallel.world_size} ranks ({layout})"]
+        if self.changes:
+            lines += [f"changed since step {done}:", *(f"  {each}" for each in self.changes)]
+        return "\n".join(lines)
+
+    def write_config(self) -> None:
+        """Put the resolved configuration into the run folder; keep the one it replaces in logs/.
+
+        Raises:
+            ConfigError: if the run folder cannot be written.
+        """
+        path = self.folder / layout.CONFIG
+        text = to_yaml(self.config)
+        try:
+            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.read_text() != text:
+                path.rename(_numbered(self.folder / "logs", "config_", ".yaml"))
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(text)
+            temporary.rename(path)
+        except OSError as error:
+            allowed = f"must be a folder that can be written ({error.strerror})"
+            raise ConfigError([Problem("run.dir", self.config.run.dir, allowed)]) from error
+
+
+def inspect(config: RunConfig) -> Launch:
+    """Hold a checked configuration against its run folder and against one node.
+
+    Raises:
+        ConfigError: if it needs more than one node, or would change what a saved run means.
+    """
+    problems: list[Problem] = []
+    world_size, limit = config.parallel.world_size, config.cluster.ranks_per_node
+    if world_size > limit:
+        allowed = f"must be at most cluster.ranks_per_node = {limit}: this launches one node"
+        problems.append(Problem("parallel.world_size", world_size, allowed))
+    folder = config.run.folder
+    checkpoint = layout.latest_complete(folder / CHECKPOINTS)
+    found: list[Change] = []
+    if checkpoint is not None:
+        found = changes(read_values(checkpoint / layout.CONFIG), config.model_dump(mode="json"))
+        problems += refused(found, folder)
+    if problems:
+        raise ConfigError(problems)
+    saved_step = None if checkpoint is None else layout.step_of(checkpoint)
+    return Launch(config, saved_step, tuple(found))
+
+
+def _numbered(folder: Path, prefix: str, suffix: str = "") -> Path:
+    """The next free name in a folder: prefix, four digits, suffix."""
+    taken = [path.name for path in folder.glob(f"{prefix}*{suffix}")]
+    numbers = [int(name.removeprefix(prefix).removesuffix(suffix)) for name in taken]
+    return folder / f"{prefix}{max(numbers, default=0) + 1:04d}{suffix}"

@@ -1,0 +1,44 @@
+"""Overrides -> a checked RunConfig; every mistake in one error."""
+
+from collections.abc import Sequence
+
+from dsv2_train.cli.compose import compose_values
+from dsv2_train.config.load import check, missing
+from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.config.run import RunConfig
+from dsv2_train.data.manifest import check_config
+
+_DATA_PATH_IS_OPEN = missing("data.path")
+
+
+def resolve(overrides: Sequence[str], *, need_data: bool) -> RunConfig:
+    """Compose, check, and where asked hold the configuration against its data folder.
+
+    Args:
+        overrides: Hydra overrides, `key=value` or `group=preset`.
+        need_data: also check that the data folder is there, whole, and fits the model; otherwise
+            `data.path` may be left open.
+
+    Raises:
+        ConfigError: with every problem of the overrides, the values and the data together.
+    """
+    values, problems = compose_values(overrides)
+    config, found = check(values)
+    problems += found
+    if need_data:
+        problems += _data_problems(config, is_partial=bool(problems))
+    else:
+        problems = [problem for problem in problems if problem != _DATA_PATH_IS_OPEN]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _data_problems(config: RunConfig, *, is_partial: bool) -> list[Problem]:
+    """Problems of the data folder; a partial record may lack the fields that it is held against."""
+    try:
+        return check_config(config)
+    except AttributeError:
+        if is_partial:
+            return []
+        raise
