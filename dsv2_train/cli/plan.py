@@ -8,10 +8,7 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from dsv2_train.cli.compose import compose_values
-from dsv2_train.config.load import check
-from dsv2_train.config.problems import ConfigError
-from dsv2_train.config.run import RunConfig
+from dsv2_train.cli.resolve import resolve
 from dsv2_train.planner.render import render
 from dsv2_train.planner.report import make_report
 
@@ -39,24 +36,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: with every problem of the configuration.
     """
-    report = make_report(_resolve(args.overrides), args.at_tokens)
+    report = make_report(resolve(args.overrides, need_data=False), args.at_tokens)
     if args.json:
         print(json.dumps(asdict(report), indent=2))
         return 0
     width = None if sys.stdout.isatty() else _WIDTH_OFF_TERMINAL
     Console(width=width).print(render(report))
     return 0
-
-
-def _resolve(overrides: list[str]) -> RunConfig:
-    values, problems = compose_values(overrides)
-    config, found = check(values)
-    problems += [
-        problem for problem in found if problem.path != "data.path" or problem.found is not None
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return config
 
 
 def _token_count(text: str) -> int:

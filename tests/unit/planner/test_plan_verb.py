@@ -1,0 +1,68 @@
+"""`dsv2 plan` from the command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dsv2_train.cli.main import main
+
+V2 = "experiment=dsv2_236b_pretrain"
+
+
+def test_the_tables_say_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", V2, "--at-tokens", "2.0e12", "5e12"]) == 0
+    text = capsys.readouterr().out
+    for figure in (
+        "235,741,434,880",
+        "20,851,512,320",
+        "155.3",
+        "185.5",
+        "layers 58-59 + norm + head",
+        "asked: 2,000,000,000,000",
+        "7.5840e-05",
+        "Not modelled: activations",
+    ):
+        assert figure in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", V2, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["num_parameters"] == 235_741_434_880
+    assert plan["flops_causal"]["training"] == 155_310_981_120
+    assert len(plan["stages"]) == 16
+    assert plan["timetable"][0]["global_batch_size"] == 2304
+
+
+def test_mistakes_end_it_with_status_2_and_are_all_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", V2, "parallel.ep=3", "recipe.warmup_steps=x", "model.foo=1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for path in ("parallel.ep", "recipe.warmup_steps", "model.foo"):
+        assert path in captured.err
+    assert "data.path" not in captured.err
+
+
+@pytest.mark.parametrize("text", ["-1", "many", "inf", "nan"])
+def test_a_token_count_must_be_one(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", V2, f"--at-tokens={text}"])
+    assert stopped.value.code == 2
+    assert f"found '{text}'; must be a number of tokens" in capsys.readouterr().err
+
+
+def test_planning_imports_no_torch() -> None:
+    """What keeps it under a second or two: the tables come before torch would be imported."""
+    code = (
+        "import sys; from dsv2_train.cli.main import main; "
+        f"status = main(['plan', '{V2}']); "
+        "assert not {'torch', 'megatron', 'wandb'} & set(sys.modules), 'imported'; "
+        "sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

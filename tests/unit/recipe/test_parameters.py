@@ -1,0 +1,176 @@
+"""Parameter counts against the released checkpoints and against a list of their tensors."""
+
+from collections.abc import Iterator
+from math import prod
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv2_train.config.sections.model import ModelConfig
+from dsv2_train.config.sections.parallel import ParallelConfig
+from dsv2_train.recipe.parameters import (
+    ParameterCount,
+    layer_parameters,
+    model_parameters,
+    stage_layer_ranges,
+    stage_parameters,
+)
+from tests.unit.recipe.presets import preset
+
+V2 = preset("dsv2_236b_pretrain")
+LITE = preset("dsv2_lite_pretrain")
+
+
+def checkpoint_tensors(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the Hugging Face checkpoint, as its files list them (facts 7.1)."""
+    d, heads, e = model.hidden_size, model.num_attention_heads, model.moe_intermediate_size
+    yield "embed_tokens", (model.vocab_size, d)
+    yield "lm_head", (model.vocab_size, d)
+    yield "norm", (d,)
+    for layer in range(model.num_layers):
+        p = f"layers.{layer}"
+        yield f"{p}.input_layernorm", (d,)
+        yield f"{p}.post_attention_layernorm", (d,)
+        query = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+        if model.q_lora_rank is None:
+            yield f"{p}.q_proj", (query, d)
+        else:
+            yield f"{p}.q_a_proj", (model.q_lora_rank, d)
+            yield f"{p}.q_a_layernorm", (model.q_lora_rank,)
+            yield f"{p}.q_b_proj", (query, model.q_lora_rank)
+        yield f"{p}.kv_a_proj_with_mqa", (model.kv_lora_rank + model.qk_rope_head_dim, d)
+        yield f"{p}.kv_a_layernorm", (model.kv_lora_rank,)
+        value = heads * (model.qk_nope_head_dim + model.v_head_dim)
+        yield f"{p}.kv_b_proj", (value, model.kv_lora_rank)
+        yield f"{p}.o_proj", (d, heads * model.v_head_dim)
+        if layer < model.num_dense_layers:
+            yield from swiglu(f"{p}.mlp", d, model.intermediate_size)
+            continue
+        yield f"{p}.mlp.gate", (model.num_routed_experts, d)
+        yield from swiglu(f"{p}.mlp.shared_experts", d, model.num_shared_experts * e)
+        for expert in range(model.num_routed_experts):
+            yield from swiglu(f"{p}.mlp.experts.{expert}", d, e)
+
+
+def swiglu(name: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.gate_proj", (width, hidden)
+    yield f"{name}.up_proj", (width, hidden)
+    yield f"{name}.down_proj", (hidden, width)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    size = st.integers(1, 40)
+    num_layers = draw(st.integers(1, 5))
+    return ModelConfig(
+        num_layers=num_layers,
+        num_dense_layers=draw(st.integers(0, num_layers)),
+        hidden_size=draw(size),
+        vocab_size=draw(size),
+        num_attention_heads=draw(size),
+        q_lora_rank=draw(st.none() | size),
+        kv_lora_rank=draw(size),
+        qk_nope_head_dim=draw(size),
+        qk_rope_head_dim=draw(size),
+        v_head_dim=draw(size),
+        intermediate_size=draw(size),
+        moe_intermediate_size=draw(size),
+        num_shared_experts=draw(st.integers(1, 3)),
+        num_routed_experts=8,
+        num_experts_per_tok=draw(st.integers(1, 8)),
+        num_device_groups=8,
+        num_limited_devices=3,
+    )
+
+
+@settings(deadline=None)
+@given(models())
+def test_total_equals_the_checkpoint(model: ModelConfig) -> None:
+    elements = sum(prod(shape) for _, shape in checkpoint_tensors(model))
+    assert model_parameters(model).total == elements
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "total"),
+    [(V2.model, 29_102, 235_741_434_880), (LITE.model, 5_291, 15_706_484_224)],
+)
+def test_the_published_models(model: ModelConfig, tensors: int, total: int) -> None:
+    shapes = dict(checkpoint_tensors(model))
+    assert len(shapes) == tensors
+    assert model_parameters(model).total == sum(map(prod, shapes.values())) == total
+
+
+@pytest.mark.parametrize(
+    ("model", "both", "head_only", "neither", "matmul"),
+    [
+        (V2.model, 21_375_800_320, 20_851_512_320, 20_327_224_320, 20_850_769_920),
+        (LITE.model, 2_661_150_208, 2_451_435_008, 2_241_719_808, 2_451_308_544),
+    ],
+)
+def test_activated(
+    model: ModelConfig, both: int, head_only: int, neither: int, matmul: int
+) -> None:
+    met = model_parameters(model).activated(model)
+    assert met.total == both
+    assert met.total - met.embedding == head_only
+    assert met.total - met.embedding - met.head == neither
+    assert met.matmul == matmul
+
+
+def test_parts_of_a_layer() -> None:
+    """Facts 1.4, whose attention total includes the norms of the latents."""
+    dense, moe = layer_parameters(V2.model, 0), layer_parameters(V2.model, 1)
+    assert moe.attention + moe.norms == 149_227_520 + 10_240
+    assert moe.router + moe.shared_experts + moe.routed_experts == 3_822_878_720
+    assert moe.activated(V2.model).routed_experts == 6 * 23_592_960
+    assert dense == ParameterCount(attention=moe.attention, norms=moe.norms, dense_ffn=188_743_680)
+    lite = layer_parameters(LITE.model, 26)
+    assert lite.attention + lite.norms == 13_763_072 + 4_096
+    assert lite.router + lite.shared_experts + lite.routed_experts == 571_080_704
+
+
+def test_every_part_adds_up() -> None:
+    count = ParameterCount(1, 2, 4, 8, 16, 32, 64, 128)
+    assert count.total == 255
+    assert count.replicated == 255 - 32
+    assert count.matmul == 255 - 1 - 64
+    assert (count + count).total == 510
+    assert (count + count).router == 16
+
+
+@pytest.mark.parametrize("world_size", [128, 256, 2048])
+def test_the_ranks_hold_the_model(world_size: int) -> None:
+    """Summed over all ranks: replicated weights dp times, experts edp times."""
+    parallel = V2.parallel.model_copy(update={"world_size": world_size})
+    held = [
+        stage.on_rank(parallel)
+        for stage in stage_parameters(V2.model, parallel)
+        for _ in range(parallel.dp)
+    ]
+    assert len(held) == world_size
+    experts = sum(rank.routed_experts for rank in held)
+    replicated = sum(rank.replicated for rank in held)
+    assert experts == 222_717_542_400 * parallel.edp
+    assert replicated == 13_023_892_480 * parallel.dp
+
+
+@settings(deadline=None)
+@given(models(), st.data())
+def test_stages_add_up_and_hold_the_ends(model: ModelConfig, data: st.DataObject) -> None:
+    pp = data.draw(st.integers(1, model.num_layers))
+    parallel = ParallelConfig(world_size=pp, pp=pp)
+    stages = stage_parameters(model, parallel)
+    assert sum(stages, ParameterCount()) == model_parameters(model)
+    assert [stage.embedding > 0 for stage in stages] == [True] + [False] * (pp - 1)
+    assert [stage.head > 0 for stage in stages] == [False] * (pp - 1) + [True]
+
+
+def test_the_paper_layout_splits_2_14x4_2() -> None:
+    ranges = stage_layer_ranges(V2.model, V2.parallel)
+    assert [len(layers) for layers in ranges] == [2] + [4] * 14 + [2]
+    assert [layer for layers in ranges for layer in layers] == list(range(60))
+    first, *middle, last = stage_parameters(V2.model, V2.parallel)
+    assert {stage.total for stage in middle} == {4 * (149_237_760 + 3_822_878_720)}
+    assert first.total == 524_288_000 + 188_743_680 + 2 * 149_237_760 + 3_822_878_720
+    assert last.total == 524_288_000 + 5_120 + 2 * (149_237_760 + 3_822_878_720)
