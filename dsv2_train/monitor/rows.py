@@ -1,0 +1,117 @@
+"""metrics.jsonl: one JSON object a line, one history a file."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+# JSON has no such numbers; these spellings are protobuf's, and `float` reads them back.
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def encode_row(row: Mapping[str, float]) -> str:
+    """A row as one line of strict JSON, newline included; `decode_row` reads it back exactly."""
+    values = {key: _encode(value) for key, value in row.items()}
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def decode_row(line: str | bytes) -> dict[str, float]:
+    """The row of a line.
+
+    Raises:
+        ValueError: if the line is no JSON object of numbers with a `step`.
+    """
+    values = json.loads(line)
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise ValueError(f"must be a JSON object with an integer step, found {line[:80]!r}")
+    return {key: _decode(key, value) for key, value in values.items()}
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """All rows; a last line without its newline was cut off by a kill and is left out.
+
+    Raises:
+        ValueError: naming file and line, for a line that is no row.
+    """
+    rows = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(decode_row(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+def keep_until(path: Path, step: int, aside_folder: Path) -> Path | None:
+    """Make a file of rows tell the history up to a step, before a run goes on from there.
+
+    Rows after the step, and lines that are no rows, move to
+    `metrics_after_step_<8 digits>_<n>.jsonl`. A kill in between leaves the rows in both files,
+    never in none.
+
+    Returns:
+        The file they moved to, None if there was nothing to move.
+    """
+    if not path.exists():
+        return None
+    kept: list[bytes] = []
+    moved: list[bytes] = []
+    for line in _lines(path):
+        (kept if _is_row_until(line, step) else moved).append(line)
+    if not moved:
+        return None
+    aside_folder.mkdir(parents=True, exist_ok=True)
+    aside = _free_name(aside_folder, step)
+    _write_whole(aside, moved)
+    _write_whole(path, kept)
+    return aside
+
+
+def _encode(value: float) -> float | str:
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    if math.isfinite(value):
+        return value
+    return next(word for word, number in _NON_FINITE.items() if repr(number) == repr(value))
+
+
+def _decode(key: str, value: object) -> float:
+    if isinstance(value, str) and value in _NON_FINITE:
+        return _NON_FINITE[value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"{key} must be a number, found {value!r}")
+
+
+def _lines(path: Path) -> list[bytes]:
+    # Bytes, so that a damaged line moves aside as it is.
+    with path.open("rb") as file:
+        return file.readlines()
+
+
+def _is_row_until(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and decode_row(line)["step"] <= step
+    except ValueError:
+        return False
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    number = 1
+    while (path := folder / f"metrics_after_step_{step:08d}_{number}.jsonl").exists():
+        number += 1
+    return path
+
+
+def _write_whole(path: Path, lines: list[bytes]) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
