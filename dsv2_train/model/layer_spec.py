@@ -75,7 +75,7 @@ def _layer(
             self_attention=_attention(model, classes),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=classes.norm,
-            mlp=_dense_mlp(classes) if dense else _mixture(classes, choices["experts"]),
+            mlp=_dense_mlp(model, classes) if dense else _mixture(classes, choices["experts"]),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -109,8 +109,12 @@ def _mlp_submodules(classes: _Classes) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=classes.column, linear_fc2=classes.row)
 
 
-def _dense_mlp(classes: _Classes) -> ModuleSpec:
-    return ModuleSpec(module=MLP, submodules=_mlp_submodules(classes))
+def _dense_mlp(model: ModelConfig, classes: _Classes) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP,
+        params={"ffn_hidden_size": model.intermediate_size},
+        submodules=_mlp_submodules(classes),
+    )
 
 
 def _mixture(classes: _Classes, experts: Choice) -> ModuleSpec:

@@ -74,6 +74,7 @@ def build_transformer_config(
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
+        cuda_graph_scope=[],
         num_moe_experts=model.num_routed_experts,
         moe_router_topk=model.num_experts_per_tok,
         moe_router_pre_softmax=True,

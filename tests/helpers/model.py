@@ -32,6 +32,6 @@ def roughen(model: torch.nn.Module, seed: int = 0) -> None:
         if parameter.dim() == 1:
             parameter.uniform_(0.5, 1.5, generator=generator)
         else:
-            scale = 4.0 if "router" in name else 1.5
+            scale = 3.0 if "router" in name else 1.0
             std = scale / parameter.shape[-1] ** 0.5
             parameter.normal_(0.0, std, generator=generator)

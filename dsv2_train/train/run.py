@@ -1,0 +1,68 @@
+"""Everything a training loop needs, in one record."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+from dsv2_train.checkpoint.manager import CheckpointManager
+from dsv2_train.checkpoint.state import TrainState
+from dsv2_train.config.run import RunConfig
+from dsv2_train.data.loader import Split
+from dsv2_train.distributed.env import Env
+from dsv2_train.monitor.monitor import Monitor
+from dsv2_train.optim.zero import ZeroOptimizer
+from dsv2_train.pipeline.forward_backward import ForwardBackward
+from dsv2_train.recipe.clock import Clock, Schedule
+from dsv2_train.train.signals import StopSignals
+
+
+@dataclass
+class Run:
+    """One rank's share of a run; only `clock` changes while it trains.
+
+    Attributes:
+        chunk: this rank's pipeline stage.
+        monitor: on the rank that writes metrics, else None.
+        world: the group of all ranks.
+    """
+
+    config: RunConfig
+    env: Env
+    groups: ProcessGroupCollection
+    world: ProcessGroup
+    schedule: Schedule
+    clock: Clock
+    chunk: DistributedDataParallel
+    optimizer: ZeroOptimizer
+    forward_backward: ForwardBackward
+    train_split: Split
+    validation_split: Split
+    checkpoints: CheckpointManager
+    monitor: Monitor | None
+    signals: StopSignals
+
+    @property
+    def is_done(self) -> bool:
+        """True when the recipe's end is reached."""
+        return self.schedule.is_done(self.clock)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of the step that starts now, on each pipeline."""
+        recipe, dp = self.config.recipe, self.groups.dp.size()
+        batch_size = self.schedule.at(self.clock).global_batch_size
+        return batch_size // (recipe.micro_batch_size * dp)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current clock. Collective."""
+        state = TrainState(
+            step=self.clock.step,
+            consumed_samples=self.clock.consumed_samples,
+            consumed_tokens=self.schedule.consumed_tokens(self.clock),
+            adam_step=self.optimizer.adam_step,
+            wandb_run_id=self.monitor.wandb_run_id if self.monitor else None,
+        )
+        return self.checkpoints.save(state, self.optimizer.pieces())
