@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dsv2_train.cli.compose import compose_values
 from dsv2_train.config.load import check, missing
-from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.config.problems import ConfigError
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.manifest import check_config
 
@@ -26,19 +26,9 @@ def resolve(overrides: Sequence[str], *, need_data: bool) -> RunConfig:
     config, found = check(values)
     problems += found
     if need_data:
-        problems += _data_problems(config, is_partial=bool(problems))
+        problems += check_config(config)
     else:
         problems = [problem for problem in problems if problem != _DATA_PATH_IS_OPEN]
     if problems:
         raise ConfigError(problems)
     return config
-
-
-def _data_problems(config: RunConfig, *, is_partial: bool) -> list[Problem]:
-    """Problems of the data folder; a partial record may lack the fields that it is held against."""
-    try:
-        return check_config(config)
-    except AttributeError:
-        if is_partial:
-            return []
-        raise

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _TRACEBACK_LINES = 15
+# Errors whose message says where, what and what to do: a traceback would only hide it.
+_PLAIN_ERRORS = ("ConfigError", "DataError", "CheckpointError")
 _KILLED_RANK = re.compile(r"rank\s+: (\d+) [^\n]*\n\s+exitcode\s+: -(\d+) ")
 
 
@@ -25,9 +27,14 @@ class RankError:
     traceback: str
 
     @property
+    def kind(self) -> str:
+        """Class of the exception."""
+        return self.message.partition(":")[0]
+
+    @property
     def is_config_error(self) -> bool:
         """True if the rank refused the configuration."""
-        return self.message.startswith("ConfigError:")
+        return self.kind == "ConfigError"
 
 
 def first_error(log_dir: Path) -> RankError | None:
@@ -44,7 +51,7 @@ def first_error(log_dir: Path) -> RankError | None:
     return RankError(rank, entry["message"], entry["extraInfo"]["py_callstack"])
 
 
-def describe_failure(log_dir: Path, torchrun_said: str) -> str:
+def describe_failure(log_dir: Path, torchrun_said: str, torchrun_status: int) -> str:
     """What a person needs after ranks have failed.
 
     A rank that was killed comes before any exception: those of its neighbours, which lost the
@@ -53,28 +60,36 @@ def describe_failure(log_dir: Path, torchrun_said: str) -> str:
     Args:
         log_dir: the folder that torchrun was given.
         torchrun_said: its standard error, which alone tells of ranks that were killed.
+        torchrun_status: its exit status, negative if a signal ended it.
     """
-    parts = [_killed(torchrun_said), _raised(first_error(log_dir))]
-    reasons = [part for part in parts if part] or [
-        "no rank left an error, see torchrun's words above"
-    ]
+    reasons = [*_killed(torchrun_said), *_raised(first_error(log_dir))]
+    if torchrun_status < 0:
+        reasons.insert(0, f"torchrun {_was_killed_by(-torchrun_status)}")
+    if not reasons:
+        reasons = ["no rank left an error, see torchrun's words above"]
     return "\n".join(["", *reasons, f"everything the ranks wrote: {log_dir}/*/attempt_*/RANK/"])
 
 
-def _killed(torchrun_said: str) -> str:
-    lines = [
-        f"rank {rank} was killed by {signal.Signals(int(number)).name}"
-        + (" (if nobody did that: out of memory)" if int(number) == signal.SIGKILL else "")
-        for rank, number in sorted(set(_KILLED_RANK.findall(torchrun_said)))
-        if int(number) != signal.SIGTERM
+def _killed(torchrun_said: str) -> list[str]:
+    ranks = sorted(
+        {(int(rank), int(number)) for rank, number in _KILLED_RANK.findall(torchrun_said)}
+    )
+    return [
+        f"rank {rank} {_was_killed_by(number)}"
+        for rank, number in ranks
+        if number != signal.SIGTERM
     ]
-    return "\n".join(lines)
 
 
-def _raised(error: RankError | None) -> str:
+def _was_killed_by(number: int) -> str:
+    hint = " (if nobody did that: out of memory)" if number == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(number).name}{hint}"
+
+
+def _raised(error: RankError | None) -> list[str]:
     if error is None:
-        return ""
-    if error.is_config_error:
-        return error.message.removeprefix("ConfigError:").lstrip()
-    tail = error.traceback.rstrip().splitlines()[-_TRACEBACK_LINES:]
-    return "\n".join([f"rank {error.rank} raised first: {error.message}", *tail])
+        return []
+    if error.kind in _PLAIN_ERRORS:
+        return [error.message.partition(":")[2].lstrip()]
+    tail = (error.traceback or error.message).rstrip().splitlines()[-_TRACEBACK_LINES:]
+    return [f"rank {error.rank} raised first:", *(f"  {line}" for line in tail)]

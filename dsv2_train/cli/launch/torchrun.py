@@ -70,10 +70,10 @@ def run_ranks(worker: Sequence[str], num_ranks: int, log_dir: Path) -> Outcome:
     if status == 0:
         return Outcome(0, bool(received))
     error = first_error(log_dir)
-    if received and error is None:
+    if received and status > 0 and error is None:
         print("stopped while the ranks could not yet, or no longer, save", file=sys.stderr)
         return Outcome(EXIT_FAILED, True)
-    print(describe_failure(log_dir, "".join(said)), file=sys.stderr)
+    print(describe_failure(log_dir, "".join(said), status), file=sys.stderr)
     refused = error is not None and error.is_config_error
     return Outcome(EXIT_CONFIG_ERROR if refused else EXIT_FAILED, bool(received))
 
