@@ -1,0 +1,217 @@
+"""Parts of a token stream: planned from the listing, tokenized by workers, merged in order.
+
+A part is done when its marker exists; the marker is written last and appears whole, so a killed
+worker leaves a part that is done or one that is redone, never half of one. The merged stream is
+the documents in their shuffled order whatever the parts were, in megatron-core's indexed format:
+`.bin` is the tokens, `.idx` their type and where documents start. The index is written here because
+megatron-core's builder imports all of torch and megatron; its bytes are the same.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv2_train.data.corpus import Document, Skipped, UnusableDocument, read_text
+from dsv2_train.data.manifest import DataError, FileRecord, SplitRecord, describe_file
+from dsv2_train.data.tokenizer import encode_document, load_tokenizer
+
+_MIN_PART_BYTES = 1 << 20
+_MAX_PART_BYTES = 1 << 28
+_AIMED_PARTS = 256
+# megatron.core.datasets.indexed_dataset.DType, and the vocabulary from which it takes int32
+_DTYPE_CODES = {"uint16": 8, "int32": 4}
+_UINT16_LIMIT = 65500
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of consecutive documents of one split; the unit of work and of restarting."""
+
+    split: str
+    index: int
+    documents: tuple[Document, ...]
+
+    @property
+    def stem(self) -> str:
+        """Name of its files, without suffix."""
+        return f"{self.split}_{self.index:05d}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Input bytes, for progress."""
+        return sum(document.num_bytes for document in self.documents)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How documents become tokens; equal for all parts of a folder."""
+
+    tokenizer: Path
+    bos_id: int
+    eos_id: int
+    dtype: str
+    text_field: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One split after merging, and what its parts skipped."""
+
+    record: SplitRecord
+    skipped: list[Skipped]
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The token type that megatron-core picks for a vocabulary."""
+    return "uint16" if vocab_size < _UINT16_LIMIT else "int32"
+
+
+def plan_parts(documents: Sequence[Document], validation_share: float, seed: int) -> list[Part]:
+    """Assign documents to splits by their names alone, shuffle by seed, cut into parts.
+
+    Both are by hash, so adding a document moves no other one to the other split.
+
+    Raises:
+        DataError: fewer than two documents, which cannot be split.
+    """
+    parts = []
+    for split, members in _split(documents, validation_share).items():
+        members.sort(key=lambda document: (_hash(document.name, f"order {seed}"), document.name))
+        groups = _groups_of_bytes(members)
+        parts += [Part(split, index, group) for index, group in enumerate(groups)]
+    return parts
+
+
+def tokenize_part(part: Part, folder: Path, encoding: Encoding) -> int:
+    """Write `folder`/<stem>.bin and its marker <stem>.json.
+
+    Returns:
+        Input bytes of the part.
+    """
+    tokenizer = load_tokenizer(encoding.tokenizer)
+    lengths: list[int] = []
+    skipped: list[dict[str, str]] = []
+    text_bytes = 0
+    temporary = folder / f"{part.stem}.{os.getpid()}.tmp"
+    with temporary.open("wb") as file:
+        for document in part.documents:
+            try:
+                text = read_text(document, encoding.text_field)
+            except UnusableDocument as error:
+                skipped.append(asdict(error.skipped))
+                continue
+            tokens = encode_document(
+                tokenizer, text, encoding.bos_id, encoding.eos_id, encoding.dtype
+            )
+            file.write(tokens.tobytes())
+            lengths.append(tokens.size)
+            text_bytes += len(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / f"{part.stem}.bin")
+    marker = {"lengths": lengths, "text_bytes": text_bytes, "skipped": skipped}
+    temporary.write_text(json.dumps(marker))
+    temporary.replace(folder / f"{part.stem}.json")
+    return part.num_bytes
+
+
+def is_done(part: Part, folder: Path) -> bool:
+    """True if the part's marker exists."""
+    return (folder / f"{part.stem}.json").is_file()
+
+
+def merge(parts: Sequence[Part], folder: Path, out: Path, dtype: str) -> Merged:
+    """Write `out`/<split>.bin and .idx from the done parts of one split, in order.
+
+    Raises:
+        DataError: no part holds a document.
+    """
+    split = parts[0].split
+    lengths: list[int] = []
+    skipped: list[Skipped] = []
+    text_bytes = 0
+    with (out / f"{split}.bin.tmp").open("wb") as file:
+        for part in parts:
+            marker = json.loads((folder / f"{part.stem}.json").read_bytes())
+            lengths += marker["lengths"]
+            skipped += [Skipped(**values) for values in marker["skipped"]]
+            text_bytes += marker["text_bytes"]
+            with (folder / f"{part.stem}.bin").open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+    if not lengths:
+        reasons = Counter(entry.reason for entry in skipped)
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise DataError(f"--source: the {split} split has no text: its documents are {counts}")
+    with (out / f"{split}.idx.tmp").open("wb") as file:
+        for field in _index_fields(np.array(lengths, dtype=np.int32), dtype):
+            file.write(field)
+    record = SplitRecord(
+        bin=_publish(out / f"{split}.bin"),
+        idx=_publish(out / f"{split}.idx"),
+        dtype=dtype,
+        num_documents=len(lengths),
+        num_tokens=sum(lengths),
+        text_bytes=text_bytes,
+    )
+    return Merged(record, skipped)
+
+
+def _index_fields(lengths: npt.NDArray[np.int32], dtype: str) -> Iterator[bytes]:
+    """The .idx format of megatron-core 0.16.1, one sequence per document."""
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    yield b"MMIDIDX\x00\x00"
+    yield struct.pack("<QB", 1, _DTYPE_CODES[dtype])
+    yield struct.pack("<QQ", lengths.size, lengths.size + 1)
+    yield lengths.tobytes()
+    yield (starts * np.dtype(dtype).itemsize).tobytes()
+    yield np.arange(lengths.size + 1, dtype=np.int64).tobytes()
+
+
+def _publish(path: Path) -> FileRecord:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return describe_file(path)
+
+
+def _split(documents: Sequence[Document], validation_share: float) -> dict[str, list[Document]]:
+    if len(documents) < 2:
+        raise DataError(
+            f"--source: found 1 document ({documents[0].name}); at least 2 are needed, since a "
+            "document is in the train or the validation split: give several files, or JSONL"
+        )
+    ranked = sorted(documents, key=lambda document: (_hash(document.name, "split"), document.name))
+    limit = int(validation_share * 2**64)
+    count = sum(_hash(document.name, "split") < limit for document in documents)
+    count = min(max(count, 1), len(documents) - 1)
+    return {"train": ranked[count:], "validation": ranked[:count]}
+
+
+def _groups_of_bytes(documents: Sequence[Document]) -> Iterator[tuple[Document, ...]]:
+    total = sum(document.num_bytes for document in documents)
+    aim = min(max(total // _AIMED_PARTS, _MIN_PART_BYTES), _MAX_PART_BYTES)
+    group: list[Document] = []
+    num_bytes = 0
+    for document in documents:
+        group.append(document)
+        num_bytes += document.num_bytes
+        if num_bytes >= aim:
+            yield tuple(group)
+            group, num_bytes = [], 0
+    if group:
+        yield tuple(group)
+
+
+def _hash(name: str, purpose: str) -> int:
+    data = f"{purpose}\n{name}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
