@@ -1,0 +1,1 @@
+"""Pieces of tensors in files that torch.distributed.checkpoint can read."""

@@ -1,0 +1,134 @@
+"""Write a rank's pieces into its file: from memory to disk once, checksummed on the way."""
+
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from dsv2_train.checkpoint.checksum import add_checksums, tensor_checksum
+from dsv2_train.checkpoint.dcp.archive import stream_header
+from dsv2_train.checkpoint.manifest import FileEntry
+from dsv2_train.distributed.sharding import Piece
+
+_BLOCK_BYTES = 4 << 20
+_BLOCKS_IN_FLIGHT = 16
+
+
+@dataclass(frozen=True)
+class WrittenPiece:
+    """Where a piece went.
+
+    Attributes:
+        start: first byte of what `torch.load` reads as a tensor.
+        byte_offset: first byte of the elements.
+        end: byte after the last.
+        checksum: of the elements, by their position in the whole tensor.
+    """
+
+    start: int
+    byte_offset: int
+    end: int
+    checksum: int
+
+
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> tuple[FileEntry, list[WrittenPiece]]:
+    """Write pieces one after the other into a new file, and wait until it is on the disk.
+
+    Args:
+        path: file to create.
+        pieces: contiguous 1-D data on any device; must not change meanwhile.
+
+    Returns:
+        The file's entry in the manifest, and where each piece is, in the order of `pieces`.
+
+    Note:
+        Local to this rank. Data of a device is copied in blocks: at most 68 MiB of host memory.
+    """
+    with _File(path) as file:
+        written = [_write_piece(file, piece) for piece in pieces]
+    return FileEntry(file.size_bytes, file.crc32), written
+
+
+def _write_piece(file: "_File", piece: Piece) -> WrittenPiece:
+    start = file.size_bytes
+    file.append(stream_header(piece.data.dtype, piece.data.numel()))
+    byte_offset = file.size_bytes
+    checksums = []
+    for offset, block in _blocks(piece):
+        file.append(block.view(torch.uint8).numpy().data)
+        checksums.append(tensor_checksum(block, offset))
+    return WrittenPiece(start, byte_offset, file.size_bytes, add_checksums(checksums))
+
+
+def _blocks(piece: Piece) -> Iterator[tuple[int, Tensor]]:
+    data = piece.data.detach()
+    offset = piece.offset
+    for block in torch.split(data, _BLOCK_BYTES // data.element_size()):
+        yield offset, block.cpu()
+        offset += block.numel()
+
+
+class _File:
+    """A file that is appended to by a thread, while the caller works on the checksums."""
+
+    def __init__(self, path: Path) -> None:
+        self.size_bytes = 0
+        self.crc32 = 0
+        self._small = bytearray()
+        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        self._thread = ThreadPoolExecutor(1)
+        self._in_flight: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Write data after what is there; it is copied if small, and must not change if large."""
+        self.size_bytes += len(data)
+        if len(data) < _BLOCK_BYTES // 4:
+            self._small += data
+            if len(self._small) >= _BLOCK_BYTES:
+                self._flush_small()
+        else:
+            self._flush_small()
+            self._submit(data)
+
+    def _flush_small(self) -> None:
+        if self._small:
+            self._submit(self._small)
+            self._small = bytearray()
+
+    def _submit(self, data: bytes | bytearray | memoryview) -> None:
+        self._in_flight.append(self._thread.submit(_write_all, self._descriptor, data))
+        self.crc32 = zlib.crc32(data, self.crc32)
+        while len(self._in_flight) > _BLOCKS_IN_FLIGHT:
+            self._in_flight.popleft().result()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._flush_small()
+                for write in self._in_flight:
+                    write.result()
+                os.fsync(self._descriptor)
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            os.close(self._descriptor)
+
+
+def _write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]

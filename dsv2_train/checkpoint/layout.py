@@ -1,0 +1,72 @@
+"""Names on disk: what a checkpoint folder is called, what it contains, when it is complete.
+
+checkpoints/
+  step_00000100/          one complete checkpoint
+    __<rank>_0.distcp     the pieces that a rank owns (torch.distributed.checkpoint)
+    .metadata             torch.distributed.checkpoint's own index, for its tools
+    config.yaml           the resolved config of the run
+    state.json            the clock (`TrainState`)
+    manifest.json         every file and every tensor, with checksums
+    COMPLETE              written last; holds the digest of the manifest
+  .tmp_step_00000200/     one being written, or left behind by a crash
+"""
+
+import re
+from pathlib import Path
+
+CONFIG = "config.yaml"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+METADATA = ".metadata"
+MARKER = "COMPLETE"
+DATA_SUFFIX = ".distcp"
+
+_STEP = re.compile(r"step_(\d{8,})")
+_TEMPORARY = ".tmp_"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or used; the message names what is wrong and where."""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs, below the run's checkpoint folder."""
+    return folder / f"step_{step:08d}"
+
+
+def temporary_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is while it is written."""
+    return folder / f"{_TEMPORARY}step_{step:08d}"
+
+
+def data_file(rank: int) -> str:
+    """Name of the file that holds a rank's pieces."""
+    return f"__{rank}_0{DATA_SUFFIX}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a folder's name tells, or None for a folder that is no checkpoint."""
+    match = _STEP.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint folder was written to the end."""
+    return step_of(path) is not None and (path / MARKER).is_file()
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints below a folder, oldest step first; empty if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(filter(is_complete, folder.iterdir()), key=lambda path: step_of(path) or 0)
+
+
+def latest_complete(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None."""
+    return next(reversed(complete_checkpoints(folder)), None)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary folders that no save has finished."""
+    return sorted(folder.glob(f"{_TEMPORARY}step_*"))

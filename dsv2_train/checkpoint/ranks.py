@@ -1,0 +1,94 @@
+"""The ranks of a run acting as one: work on each, combine on the first, and fail together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from torch import distributed as dist
+
+from dsv2_train.checkpoint.layout import CheckpointError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+
+
+class Ranks:
+    """The processes that save and load together; one process where none are connected.
+
+    An exception on one rank would leave the others waiting for it. Here every rank raises instead.
+
+    Args:
+        group: process group that carries Python objects; None for the default group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        connected = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size(group) if connected else 1
+        self.rank = dist.get_rank(group) if connected else 0
+
+    def reduce(self, local: Callable[[], T], combine: Callable[[list[T]], R]) -> R:
+        """Run `local` on every rank, `combine` on the first, and return that result everywhere.
+
+        Args:
+            local: this rank's work; its result is sent to the first rank.
+            combine: takes the results in order of rank; its result is sent to every rank.
+
+        Raises:
+            CheckpointError: on every rank, when the work of any failed.
+
+        Note:
+            Collective: one gather and one broadcast of objects.
+        """
+        mine, error = _attempt(local)
+        results = self._gather(mine)
+        outcome: R | _Failure | None = None
+        if self.rank == 0:
+            outcome, combine_error = _attempt(lambda: combine(_successes(results)))
+            error = error or combine_error
+        outcome = self._broadcast(outcome)
+        if isinstance(outcome, _Failure):
+            raise CheckpointError(outcome.message) from error
+        return cast(R, outcome)
+
+    def first(self, work: Callable[[], R]) -> R:
+        """Run `work` on the first rank only and return its result everywhere; collective."""
+        return self.reduce(lambda: None, lambda _: work())
+
+    def _gather(self, value: T | _Failure) -> list[T | _Failure]:
+        if self.size == 1:
+            return [value]
+        values: list[T | _Failure | None] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self._group, group_dst=0)
+        return cast(list[T | _Failure], values)
+
+    def _broadcast(self, value: R | _Failure | None) -> R | _Failure | None:
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, group=self._group, group_src=0)
+        return values[0]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | _Failure, Exception | None]:
+    try:
+        return work(), None
+    except CheckpointError as error:
+        return _Failure(str(error)), error
+    except Exception as error:  # whatever it is, the other ranks wait to hear of it
+        return _Failure(f"{type(error).__name__}: {error}"), error
+
+
+def _successes(results: list[T | _Failure]) -> list[T]:
+    failures = [
+        f"rank {rank}: {result.message}"
+        for rank, result in enumerate(results)
+        if isinstance(result, _Failure)
+    ]
+    if failures:
+        raise CheckpointError("\n".join(failures))
+    return cast(list[T], results)

@@ -1,0 +1,72 @@
+"""The clock of a run, and what else a resumed run must know besides its tensors."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dsv2_train.checkpoint.layout import CheckpointError
+
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands after an optimizer step.
+
+    Attributes:
+        step: optimizer steps taken.
+        consumed_samples: samples trained on; the clock of the run.
+        consumed_tokens: tokens trained on.
+        adam_step: updates that AdamW has made (its bias correction counts these).
+        wandb_run_id: run to go on with in wandb, or None.
+    """
+
+    step: int
+    consumed_samples: int
+    consumed_tokens: int
+    adam_step: int
+    wandb_run_id: str | None = None
+
+    def to_json(self) -> str:
+        """The record as a JSON object, with the version of this schema."""
+        return json.dumps({"schema_version": _SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainState":
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: for another schema version, and for keys or values that do not
+                belong; all of them are listed.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"state: not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"state: found {type(values).__name__}; allowed: an object")
+        version = values.pop("schema_version", None)
+        if version != _SCHEMA_VERSION:
+            raise CheckpointError(
+                f"state: schema_version: found {version!r}; this dsv2_train reads {_SCHEMA_VERSION}"
+            )
+        problems = _problems(values)
+        if problems:
+            raise CheckpointError("\n".join(["state:", *(f"  - {line}" for line in problems)]))
+        return cls(**values)
+
+
+def _problems(values: dict[str, Any]) -> list[str]:
+    names = [field.name for field in fields(TrainState)]
+    problems = [
+        f"{name}: unknown key; allowed: {', '.join(names)}" for name in values.keys() - names
+    ]
+    for name in names:
+        if name not in values:
+            problems.append(f"{name}: missing")
+        elif name == "wandb_run_id":
+            if not isinstance(values[name], str | None):
+                problems.append(f"{name}: found {values[name]!r}; allowed: a string or null")
+        elif type(values[name]) is not int or values[name] < 0:
+            problems.append(f"{name}: found {values[name]!r}; allowed: an integer >= 0")
+    return sorted(problems)

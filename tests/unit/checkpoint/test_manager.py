@@ -1,0 +1,281 @@
+"""A checkpoint is there entirely or not at all, comes back bit for bit, and damage is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2_train.checkpoint import folder, layout
+from dsv2_train.checkpoint.layout import CheckpointError
+from dsv2_train.checkpoint.manager import CheckpointManager
+from dsv2_train.checkpoint.state import TrainState
+from dsv2_train.distributed.sharding import Piece
+
+STATE = TrainState(100, 200, 12800, 100, "a1b2")
+CONFIG = "run:\n  name: test\n"
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "weight/a": torch.randn(30, 7, generator=generator).bfloat16(),
+        "master/a": torch.randn(30, 7, generator=generator),
+        "moment/a": torch.randn(30, 7, generator=generator).double(),
+        "weight/large": torch.randn(1100, 1001, generator=generator),
+    }
+
+
+def pieces_of(values: dict[str, Tensor]) -> list[Piece]:
+    return [Piece(key, tuple(value.shape), 0, value.view(-1)) for key, value in values.items()]
+
+
+def blank() -> dict[str, Tensor]:
+    return {key: torch.full_like(value, 7) for key, value in tensors().items()}
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return all(torch.equal(left[key], right[key]) for key in left.keys() | right.keys())
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> CheckpointManager:
+    return CheckpointManager(tmp_path / "checkpoints", every_steps=100)
+
+
+@pytest.fixture
+def saved(manager: CheckpointManager) -> Path:
+    return manager.save(STATE, pieces_of(tensors()), CONFIG)
+
+
+def test_due(manager: CheckpointManager) -> None:
+    assert [step for step in range(301) if manager.due(step)] == [100, 200, 300]
+
+
+def test_round_trip_is_bitwise(manager: CheckpointManager, saved: Path) -> None:
+    loaded = blank()
+    assert manager.restore(pieces_of(loaded)) == STATE
+    assert equal(loaded, tensors())
+    assert (saved / layout.CONFIG).read_text() == CONFIG
+
+
+def test_nothing_to_restore(manager: CheckpointManager) -> None:
+    loaded = blank()
+    assert manager.restore(pieces_of(loaded)) is None
+    assert equal(loaded, blank())
+
+
+def test_parameters_that_require_gradients(manager: CheckpointManager) -> None:
+    parameter = torch.nn.Parameter(torch.randn(5, 3))
+    before = parameter.detach().clone()
+    piece = Piece("weight/p", (5, 3), 0, parameter.view(-1))
+    manager.save(STATE, [piece], CONFIG)
+    with torch.no_grad():
+        parameter.zero_()
+    manager.restore([piece])
+    assert torch.equal(parameter, before)
+
+
+def test_restores_in_other_pieces_than_were_saved(manager: CheckpointManager, saved: Path) -> None:
+    loaded = blank()
+    cut = [
+        Piece(key, tuple(value.shape), offset, value.view(-1)[offset : offset + value.numel() // 3])
+        for key, value in loaded.items()
+        for offset in range(0, value.numel(), value.numel() // 3)
+    ]
+    assert manager.restore(cut) == STATE
+    assert equal(loaded, tensors())
+
+
+def test_empty_pieces_are_no_trouble(manager: CheckpointManager) -> None:
+    values = {"weight/none": torch.zeros(0, 3), "weight/a": torch.ones(4)}
+    empty = Piece("weight/a", (4,), 2, torch.zeros(0))
+    manager.save(STATE, [*pieces_of(values), empty], CONFIG)
+    assert manager.restore([empty, *pieces_of(values)]) == STATE
+
+
+def test_what_a_save_took(manager: CheckpointManager, saved: Path) -> None:
+    record = manager.last_save
+    assert record is not None
+    assert record.path == saved
+    assert 0 < record.duration_s < 60
+    assert record.size_bytes == (saved / layout.data_file(0)).stat().st_size
+    state_bytes = sum(value.nbytes for value in tensors().values())
+    assert record.size_bytes - state_bytes < 400 * len(tensors()), "a header a piece"
+
+
+def test_a_complete_checkpoint_is_not_written_again(
+    manager: CheckpointManager, saved: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in saved.iterdir()}
+    assert manager.save(STATE, pieces_of(tensors(seed=1)), CONFIG) == saved
+    assert {path: path.stat().st_mtime_ns for path in saved.iterdir()} == before
+
+
+def test_the_newest_is_restored(manager: CheckpointManager, saved: Path) -> None:
+    later = replace(STATE, step=200, consumed_samples=400)
+    manager.save(later, pieces_of(tensors(seed=1)), CONFIG)
+    loaded = blank()
+    assert manager.restore(pieces_of(loaded)) == later
+    assert equal(loaded, tensors(seed=1))
+
+
+def test_a_truncated_temporary_folder_is_ignored_and_cleared(
+    manager: CheckpointManager, saved: Path
+) -> None:
+    left = layout.temporary_folder(manager.folder, 200)
+    shutil.copytree(saved, left)
+    (left / layout.data_file(0)).write_bytes(b"cut off")
+    assert manager.restore(pieces_of(blank())) == STATE
+    manager.save(replace(STATE, step=300), pieces_of(tensors()), CONFIG)
+    assert sorted(path.name for path in manager.folder.iterdir()) == [
+        "step_00000100",
+        "step_00000300",
+    ]
+
+
+def test_a_crash_before_the_marker_is_ignored_and_made_good(
+    manager: CheckpointManager, saved: Path
+) -> None:
+    later = manager.save(replace(STATE, step=200), pieces_of(tensors(seed=1)), CONFIG)
+    (later / layout.MARKER).unlink()
+    (later / layout.data_file(0)).write_bytes(b"cut off")
+    assert manager.restore(pieces_of(blank())) == STATE
+    manager.save(replace(STATE, step=200), pieces_of(tensors(seed=1)), CONFIG)
+    loaded = blank()
+    assert manager.restore(pieces_of(loaded)) == replace(STATE, step=200)
+    assert equal(loaded, tensors(seed=1))
+
+
+@pytest.mark.parametrize("name", ["_write", "_sync_folder", "publish"])
+def test_a_failing_save_leaves_the_last_checkpoint(
+    manager: CheckpointManager, saved: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, name, full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            manager.save(replace(STATE, step=200), pieces_of(tensors(seed=1)), CONFIG)
+    loaded = blank()
+    assert manager.restore(pieces_of(loaded)) == STATE
+    assert equal(loaded, tensors())
+
+
+def test_all_differences_are_listed(manager: CheckpointManager, saved: Path) -> None:
+    values = blank()
+    values["weight/b"] = values.pop("weight/a")
+    values["master/a"] = values["master/a"].view(7, 30)
+    values["moment/a"] = values["moment/a"].float()
+    with pytest.raises(CheckpointError) as error:
+        manager.restore(pieces_of(values))
+    assert str(error.value).splitlines() == [
+        "4 differences between this run and step 100:",
+        "  - master/a: (7, 30) float32 in this run; (30, 7) float32 in the checkpoint",
+        "  - moment/a: (30, 7) float32 in this run; (30, 7) float64 in the checkpoint",
+        "  - weight/a: in the checkpoint only",
+        "  - weight/b: in this run only",
+    ]
+
+
+def test_pieces_with_a_gap_are_not_saved(manager: CheckpointManager) -> None:
+    pieces = pieces_of(tensors())
+    pieces[1] = replace(pieces[1], data=pieces[1].data[:-1])
+    with pytest.raises(CheckpointError, match="master/a: gap: no rank holds elements 209 to 209"):
+        manager.save(STATE, pieces, CONFIG)
+    assert not manager.folder.exists()
+
+
+def test_pieces_that_overlap_are_not_saved(manager: CheckpointManager) -> None:
+    pieces = pieces_of(tensors())
+    with pytest.raises(CheckpointError, match="weight/a: overlap: elements 0 to 209"):
+        manager.save(STATE, [*pieces, pieces[0]], CONFIG)
+
+
+def test_a_flipped_byte_in_a_tensor_is_found(manager: CheckpointManager, saved: Path) -> None:
+    manifest, _ = folder.open_verified(saved)
+    for key, entry in manifest.tensors.items():
+        flip(saved / entry.chunks[0].file, entry.chunks[0].byte_offset + 11)
+        with pytest.raises(CheckpointError) as error:
+            manager.restore(pieces_of(blank()))
+        assert f"{key}: its checksum is not the manifest's" in str(error.value)
+        assert "__0_0.distcp: its CRC-32 is not the manifest's" in str(error.value)
+        flip(saved / entry.chunks[0].file, entry.chunks[0].byte_offset + 11)
+    assert manager.restore(pieces_of(blank())) == STATE
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 16
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink, lambda path: flip(path, 10)])
+@pytest.mark.parametrize(
+    "name", [layout.CONFIG, layout.STATE, layout.MANIFEST, layout.METADATA, layout.MARKER]
+)
+def test_a_damaged_file_is_named(
+    manager: CheckpointManager, saved: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(saved / name)
+    if not (saved / layout.MARKER).exists():
+        assert manager.restore(pieces_of(blank())) is None
+        return
+    with pytest.raises(CheckpointError, match=name):
+        manager.restore(pieces_of(blank()))
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+def test_a_damaged_data_file_is_named(
+    manager: CheckpointManager, saved: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(saved / layout.data_file(0))
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: (missing|found [0-9]+ bytes)"):
+        manager.restore(pieces_of(blank()))
+
+
+def test_a_renamed_checkpoint_is_refused(manager: CheckpointManager, saved: Path) -> None:
+    saved.rename(layout.step_folder(manager.folder, 500))
+    with pytest.raises(CheckpointError, match=r"step_00000500: manifest\.json is of step 100"):
+        manager.restore(pieces_of(blank()))
+
+
+def test_a_newer_format_is_refused(manager: CheckpointManager, saved: Path) -> None:
+    manifest = saved / layout.MANIFEST
+    text = manifest.read_text().replace('"format_version": 1', '"format_version": 2')
+    manifest.write_text(text)
+    (saved / layout.MARKER).write_bytes(folder._marker_of(text.encode()))
+    with pytest.raises(CheckpointError, match="format_version: found 2; this dsv2_train reads 1"):
+        manager.restore(pieces_of(blank()))
+
+
+def test_restoring_never_unpickles(
+    manager: CheckpointManager, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled something")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(f"pickle.{name}", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert manager.restore(pieces_of(blank())) == STATE
+
+
+def test_the_manifest_is_plain_json(saved: Path) -> None:
+    manifest = json.loads((saved / layout.MANIFEST).read_text())
+    assert manifest["tensors"]["weight/a"]["shape"] == [30, 7]
+    assert manifest["files"].keys() == {
+        "__0_0.distcp",
+        ".metadata",
+        "config.yaml",
+        "state.json",
+    }

@@ -1,0 +1,51 @@
+"""The clock survives a round trip; what does not belong is refused by name."""
+
+import json
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from dsv2_train.checkpoint.layout import CheckpointError
+from dsv2_train.checkpoint.state import TrainState
+
+STATE = TrainState(7, 14, 1792, 7, "a1b2")
+
+
+@given(
+    counts=st.lists(st.integers(0, 2**62), min_size=4, max_size=4),
+    run_id=st.none() | st.text(),
+)
+def test_round_trip(counts: list[int], run_id: str | None) -> None:
+    state = TrainState(counts[0], counts[1], counts[2], counts[3], run_id)
+    assert TrainState.from_json(state.to_json()) == state
+
+
+def changed(**values: object) -> str:
+    return json.dumps({**json.loads(STATE.to_json()), **values})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (changed(schema_version=2), "schema_version: found 2; this dsv2_train reads 1"),
+        (changed(iteration=7), "iteration: unknown key; allowed: step, consumed_samples"),
+        (changed(step=-1), "step: found -1; allowed: an integer >= 0"),
+        (changed(adam_step=1.5), "adam_step: found 1.5"),
+        (changed(consumed_tokens=True), "consumed_tokens: found True"),
+        (changed(wandb_run_id=3), "wandb_run_id: found 3; allowed: a string or null"),
+        ('{"schema_version": 1, "step": 3}', "consumed_samples: missing"),
+        ("[]", "found list; allowed: an object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_what_does_not_belong_is_refused(text: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^state") as error:
+        TrainState.from_json(text)
+    assert said in str(error.value)
+
+
+def test_all_problems_are_listed() -> None:
+    with pytest.raises(CheckpointError) as error:
+        TrainState.from_json(changed(step=None, iteration=7))
+    assert len(str(error.value).splitlines()) == 3
