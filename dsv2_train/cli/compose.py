@@ -18,7 +18,8 @@ from dsv2_train.config.problems import ConfigError, Problem
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
-_ComposeErrors = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+# A preset that is not UTF-8, or no mapping, ends in a ValueError.
+_ComposeErrors = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,31 @@ def compose_values(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Probl
         ConfigError: when nothing can be composed, for instance for a preset that is not YAML.
     """
     parsed, problems = _parse(overrides)
-    lines: dict[str, str] = {}
+    kept: list[Override] = []
     for override in parsed:
         found = list(_check_override(override))
         problems += found
         if not found:
-            lines[_forced(override)] = override.key_or_group
+            kept.append(override)
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        error = _compose_error(list(lines))
-        if error is not None:
-            alone = {line: _compose_error([line]) for line in lines}
-            guilty = {line: why for line, why in alone.items() if why is not None}
-            problems += [Problem(lines[line], line, why) for line, why in guilty.items()]
-            lines = {line: key for line, key in lines.items() if line not in guilty}
-            if not guilty or _compose_error(list(lines)) is not None:
-                raise ConfigError([*problems, Problem("configs/train.yaml", list(lines), error)])
-        return _composed(list(lines)), problems
+        try:
+            return _composed(kept), problems
+        except _ComposeErrors as error:
+            failure = error
+        presets_alone = _compose_error([])
+        if presets_alone is not None:
+            raise ConfigError([*problems, Problem("configs", str(CONFIG_DIR), presets_alone)])
+        guilty = {id(each): why for each in kept if (why := _compose_error([each])) is not None}
+        problems += [
+            Problem(each.key_or_group, _text(each), guilty[id(each)])
+            for each in kept
+            if id(each) in guilty
+        ]
+        rest = [each for each in kept if id(each) not in guilty]
+        if guilty and _compose_error(rest) is None:
+            return _composed(rest), problems
+    together = Problem("override", [str(each.input_line) for each in rest], _one_line(failure))
+    raise ConfigError([*problems, together]) from failure
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[Combination]:
@@ -83,17 +93,18 @@ def expand_sweep(overrides: Sequence[str]) -> list[Combination]:
     return combinations
 
 
-def _composed(lines: list[str]) -> dict[str, Any]:
+def _composed(overrides: Sequence[Override]) -> dict[str, Any]:
+    lines = [_forced(override) for override in overrides]
     values = OmegaConf.to_container(compose("train", lines), resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def _compose_error(lines: list[str]) -> str | None:
+def _compose_error(overrides: Sequence[Override]) -> str | None:
     try:
-        _composed(lines)
+        _composed(overrides)
     except _ComposeErrors as error:
-        return " ".join(str(error).split())
+        return _one_line(error)
     return None
 
 
@@ -105,22 +116,20 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
         try:
             parsed.append(parser.parse_override(line))
         except HydraException as error:
-            reason = " ".join(str(error).split())
-            problems.append(Problem("override", line, f"must be key=value ({reason})"))
+            problems.append(Problem("override", line, f"must be key=value ({_one_line(error)})"))
     return parsed, problems
 
 
 def _check_override(override: Override) -> Iterator[Problem]:
-    key, value = override.key_or_group, override.value()
-    text = str(override.input_line).partition("=")[2]
+    key, value, text = override.key_or_group, override.value(), _text(override)
     if override.is_sweep_override():
         allowed = "must be one value; a sweep needs -m (--multirun), a list is key=[a,b]"
         yield Problem(key, text, allowed)
     elif key.partition(".")[0] == "hydra":
         yield Problem(key, text, "unknown key: Hydra only composes here, the run has no hydra.*")
-    elif _is_group(override) and value is not None and not override.is_delete():
+    elif _is_group(override) and not override.is_delete():
         options = _options(key)
-        if value not in options:
+        if value not in options and (key, value) != ("experiment", None):
             yield Problem(key, text, f"must be one of {', '.join(options)}")
 
 
@@ -142,3 +151,11 @@ def _options(group: str) -> list[str]:
 def _forced(override: Override) -> str:
     line = str(override.input_line)
     return line if _is_group(override) or override.is_delete() else f"++{line.lstrip('+')}"
+
+
+def _text(override: Override) -> str:
+    return str(override.input_line).partition("=")[2]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

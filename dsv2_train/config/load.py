@@ -107,7 +107,7 @@ def _section(cls: type[Section], value: object, path: str) -> tuple[Section, lis
 
 def _adapter(cls: type[BaseModel], name: str) -> TypeAdapter[Any]:
     field = cls.model_fields[name]
-    strict = ConfigDict(strict=True, extra="forbid")
+    strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     annotation: Any = Annotated[field.annotation, field]
     return TypeAdapter(annotation, config=strict)
 

@@ -1,0 +1,85 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv2_train.cli.compose import compose_values
+from dsv2_train.config.load import check
+from dsv2_train.config.sections.parallel import ParallelConfig
+
+
+def paths_of(*overrides: str) -> list[str]:
+    values, problems = compose_values(["experiment=quickstart", *overrides])
+    assert not problems
+    return [problem.path for problem in check(values)[1]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path"),
+    [
+        (["parallel.tp=2"], "parallel.tp"),
+        (["parallel.cp=2"], "parallel.cp"),
+        (["parallel.world_size=6"], "parallel.world_size"),
+        (["parallel.ep=4", "parallel.pp=1", "model.num_device_groups=2"], "parallel.ep"),
+        (["model.num_device_groups=5"], "model.num_device_groups"),
+        (["model.num_limited_devices=9"], "model.num_limited_devices"),
+        (["model.num_experts_per_tok=13"], "model.num_experts_per_tok"),
+        (["model.qk_rope_head_dim=15"], "model.qk_rope_head_dim"),
+        (["model.num_dense_layers=5"], "model.num_dense_layers"),
+        (["parallel.pp=8", "parallel.world_size=16"], "parallel.pp"),
+        (["parallel.layers_per_stage=[2,1]"], "parallel.layers_per_stage"),
+        (["parallel.layers_per_stage=[2,1,1]"], "parallel.layers_per_stage"),
+        (["recipe.num_steps=null"], "recipe.num_steps"),
+        (["recipe.decay_at=[0.9,0.6]"], "recipe.decay_at"),
+        (["recipe.decay_at=[0.6,0.6]"], "recipe.decay_at"),
+        (["recipe.global_batch_size=18"], "recipe.global_batch_size"),
+        (["recipe.eval_num_samples=66"], "recipe.eval_num_samples"),
+        (
+            ["recipe.batch_ramp={start_batch_size:6,ramp_tokens:9,multiple_of:4}"],
+            "recipe.batch_ramp.start_batch_size",
+        ),
+        (
+            ["recipe.batch_ramp={start_batch_size:32,ramp_tokens:9,multiple_of:4}"],
+            "recipe.batch_ramp.start_batch_size",
+        ),
+        (
+            ["recipe.batch_ramp={start_batch_size:4,ramp_tokens:9,multiple_of:6}"],
+            "recipe.batch_ramp.multiple_of",
+        ),
+        (
+            ["model.yarn={factor:2,original_max_position:64}"],
+            "recipe.sequence_length",
+        ),
+    ],
+)
+def test_sections_that_disagree(overrides: list[str], path: str) -> None:
+    assert path in paths_of(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.pp=4", "parallel.ep=1"],
+        ["parallel.pp=1", "parallel.ep=4"],
+        ["parallel.pp=1", "parallel.ep=1"],
+        ["parallel=single"],
+        ["parallel.layers_per_stage=[1,3]"],
+        ["model.num_experts_per_tok=12"],
+        ["recipe.batch_ramp={start_batch_size:4,ramp_tokens:9,multiple_of:4}"],
+        ["model.yarn={factor:4,original_max_position:64}"],
+    ],
+)
+def test_what_is_right_passes(overrides: list[str]) -> None:
+    assert paths_of(*overrides) == []
+
+
+def test_a_wrong_world_is_not_blamed_on_the_batch() -> None:
+    assert paths_of("parallel.world_size=1") == ["parallel.world_size"]
+
+
+@given(num_layers=st.integers(1, 80), pp=st.integers(1, 16))
+def test_even_split_adds_up_and_favours_no_stage(num_layers: int, pp: int) -> None:
+    split = ParallelConfig(world_size=pp, pp=pp).stage_layers(num_layers)
+    assert len(split) == pp
+    assert sum(split) == num_layers
+    assert max(split) - min(split) <= 1
+    assert list(split) == sorted(split, reverse=True)

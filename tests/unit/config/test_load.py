@@ -1,0 +1,121 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dsv2_train.cli.compose import compose_values
+from dsv2_train.config.load import check, load_file, read_values, to_yaml
+from dsv2_train.config.problems import ConfigError
+from tests.helpers.tiny import tiny_config
+
+
+def problems_of(*overrides: str) -> dict[str, str]:
+    """Problems of the quickstart with overrides: what is told, by path."""
+    values, problems = compose_values(["experiment=quickstart", *overrides])
+    assert not problems
+    return {problem.path: str(problem) for problem in check(values)[1]}
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "told"),
+    [
+        (
+            "modle.num_layers=3",
+            "modle",
+            "found {'num_layers': 3}; unknown key, did you mean model?",
+        ),
+        ("model.num_layer=3", "model.num_layer", "found 3; unknown key, did you mean num_layers?"),
+        ("model.yarn={fctor:2}", "model.yarn.fctor", "found 2"),
+        ("recipe.batch_ramp={ramp_tokens:x}", "recipe.batch_ramp.ramp_tokens", "found 'x'"),
+        ("recipe.batch_ramp.x=1", "recipe.batch_ramp.start_batch_size", "required"),
+        ("optim.lr=fast", "optim.lr", "found 'fast'; input should be a valid number"),
+        ("optim.lr=-1", "optim.lr", "found -1; input should be greater than 0"),
+        ("optim.lr=inf", "optim.lr", "found inf"),
+        ("optim.lr=nan", "optim.lr", "found nan"),
+        ("optim.adam=adamw", "optim.adam", "found 'adamw'; input should be 'auto', 'torch'"),
+        (
+            "recipe.num_steps=10.5",
+            "recipe.num_steps",
+            "found 10.5; input should be a valid integer",
+        ),
+        (
+            "recipe.num_steps=true",
+            "recipe.num_steps",
+            "found True; input should be a valid integer",
+        ),
+        (
+            "recipe.num_steps='10'",
+            "recipe.num_steps",
+            "found '10'; input should be a valid integer",
+        ),
+        ("parallel.layers_per_stage=[a,3]", "parallel.layers_per_stage.0", "found 'a'"),
+        ("run.name='../elsewhere'", "run.name", "found '../elsewhere'; string should match"),
+        ("data.path=???", "data.path", "required, set it in a preset or override it"),
+    ],
+)
+def test_names_where_what_and_what_is_allowed(override: str, path: str, told: str) -> None:
+    problems = problems_of(override)
+    assert told in problems[path], problems
+
+
+def test_a_section_that_is_no_section_does_not_hide_other_mistakes() -> None:
+    values, _ = compose_values(["experiment=quickstart", "model.num_layers=x"])
+    values["optim"] = 3
+    values["monitor"] = None
+    paths = {problem.path for problem in check(values)[1]}
+    assert {"optim", "monitor", "model.num_layers"} <= paths
+
+
+def test_every_mistake_is_told_once_and_at_once() -> None:
+    problems = problems_of(
+        "model.hiden_size=1", "optim.lr=x", "parallel.tp=2", "parallel.cp=4", "parallel.ep=3"
+    )
+    assert list(problems) == [
+        "model.hiden_size",
+        "optim.lr",
+        "parallel.tp",
+        "parallel.cp",
+        "parallel.world_size",
+        "parallel.ep",
+    ]
+
+
+def test_missing_section_is_told() -> None:
+    values, _ = compose_values(["experiment=quickstart"])
+    del values["recipe"]
+    assert "recipe" in {problem.path for problem in check(values)[1]}
+
+
+def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
+    config = tiny_config("recipe.batch_ramp={start_batch_size:4,ramp_tokens:999,multiple_of:4}")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_file(tmp_path / "config.yaml") == config
+    assert load_file(tmp_path / "config.yaml").optim.lr == 3e-3
+
+
+def test_load_file_tells_all_problems(tmp_path: Path) -> None:
+    text = to_yaml(tiny_config()).replace("num_layers:", "layers:").replace("seed: 1234", "seed: x")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_file(tmp_path / "config.yaml")
+    assert {"model.layers", "model.num_layers", "run.seed"} <= {
+        problem.path for problem in caught.value.problems
+    }
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe", b"- 1\n- 2\n", None])
+def test_a_file_that_is_no_config_is_one_plain_problem(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        read_values(path)
+
+
+def test_config_is_frozen() -> None:
+    config: Any = tiny_config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim.lr = 1.0
