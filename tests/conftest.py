@@ -12,6 +12,8 @@ IMPORT_WARNINGS = (
     "ignore:Apex is not installed:UserWarning",
     "ignore:`torch.jit.script:DeprecationWarning",
     "ignore:The following imports from `dynamic_context.py`:DeprecationWarning",
+    "ignore:Warning. tp_group is None:DeprecationWarning",  # of its own calls
+    "ignore:MLP requires ffn_hidden_size:DeprecationWarning",  # of its own shared experts
     "ignore:\\s*The 'megatron.core.transformer.custom_layers:DeprecationWarning",
 )
 

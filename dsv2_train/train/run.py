@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.state import TrainState
+from dsv2_train.config.load import to_yaml
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split
 from dsv2_train.distributed.env import Env
@@ -17,6 +18,7 @@ from dsv2_train.optim.zero import ZeroOptimizer
 from dsv2_train.pipeline.forward_backward import ForwardBackward
 from dsv2_train.recipe.clock import Clock, Schedule
 from dsv2_train.train.signals import StopSignals
+from dsv2_train.train.telemetry import Telemetry
 
 
 @dataclass
@@ -42,12 +44,18 @@ class Run:
     validation_split: Split
     checkpoints: CheckpointManager
     monitor: Monitor | None
+    telemetry: Telemetry
     signals: StopSignals
 
     @property
     def is_done(self) -> bool:
         """True when the recipe's end is reached."""
         return self.schedule.is_done(self.clock)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """True after every `recipe.eval_every_steps`-th step and after the last one."""
+        return self.clock.step % self.config.recipe.eval_every_steps == 0 or self.is_done
 
     @property
     def num_microbatches(self) -> int:
@@ -65,4 +73,4 @@ class Run:
             adam_step=self.optimizer.adam_step,
             wandb_run_id=self.monitor.wandb_run_id if self.monitor else None,
         )
-        return self.checkpoints.save(state, self.optimizer.pieces())
+        return self.checkpoints.save(state, list(self.optimizer.pieces()), to_yaml(self.config))

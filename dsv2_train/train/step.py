@@ -1,7 +1,6 @@
 """One optimizer step."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,19 +9,7 @@ from torch import Tensor
 from dsv2_train.data.loader import Batch, batches
 from dsv2_train.recipe.clock import Point
 from dsv2_train.train.run import Run
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step reports, still on the device.
-
-    Attributes:
-        loss: [] mean over this rank's micro-batches on the last stage, 0 on the others.
-        grad_norm: [] global norm before clipping.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
+from dsv2_train.train.telemetry import StepResult
 
 
 def train_step(run: Run, point: Point) -> StepResult:
@@ -44,7 +31,7 @@ def train_step(run: Run, point: Point) -> StepResult:
         dp_rank=run.groups.dp.rank(),
         dp_size=run.groups.dp.size(),
     )
-    reported = forward_backward(run, data, run.num_microbatches, forward_only=False)
+    reported = forward_backward(run, run.telemetry.data(data), run.num_microbatches, forward_only=False)
     update = run.optimizer.step(point.lr)
     return StepResult(loss=mean_loss(run, reported), grad_norm=update.grad_norm)
 

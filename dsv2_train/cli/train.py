@@ -1,0 +1,76 @@
+"""`dsv2 train`: one rank of a run, as torchrun starts it; launch/local.sh starts them all."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from dsv2_train.checkpoint.layout import latest_complete
+from dsv2_train.config.load import load_file
+from dsv2_train.config.run import RunConfig
+from dsv2_train.distributed import env as environment
+from dsv2_train.distributed import groups as process_groups
+from dsv2_train.monitor.report import Closing, closing_message
+from dsv2_train.train.loop import train
+from dsv2_train.train.run import Run
+from dsv2_train.train.setup import TIMEOUT_S, build_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `run` reads."""
+    parser.add_argument("--config", type=Path, required=True, help="a resolved config.yaml")
+
+
+@record
+def run(arguments: argparse.Namespace) -> int:
+    """Train what the config says, on this rank.
+
+    The outermost frame that sees an exception, so that torchrun learns which rank raised it first.
+    """
+    config = load_file(arguments.config)
+    env = environment.start(TIMEOUT_S)
+    this_run = build_run(config, env)
+    train(this_run)
+    _close(this_run)
+    process_groups.destroy()
+    environment.stop()
+    return 0
+
+
+def _close(run: Run) -> None:
+    if run.monitor is None:
+        return
+    run.monitor.close()
+    steps = f"{run.clock.step} of {run.schedule.num_steps} steps"
+    closing = Closing(
+        headline=f"{'done' if run.is_done else 'stopped cleanly'}: {steps}",
+        checkpoint=latest_complete(run.checkpoints.folder),
+        plots=run.monitor.draw_plots(),
+        metrics=run.monitor.metrics_path,
+        wandb_folder=run.monitor.wandb_folder,
+        wandb_is_offline=run.monitor.wandb_is_offline,
+        commands=_next_commands(run.config, done=run.is_done),
+    )
+    run.monitor.message(closing_message(closing))
+
+
+def _next_commands(config: RunConfig, *, done: bool) -> list[tuple[str, str]]:
+    name, steps = config.run.name, config.recipe.num_steps
+    this = f"launch/local.sh experiment={name}"
+    longer = f"{this} recipe.num_steps={2 * steps}" if steps else this
+    resume = ("train longer", longer) if done else ("resume", this)
+    layout = f"{this} run.name={name}_pp4 parallel.pp=4 parallel.ep=1"
+    gpu = "launch/local.sh experiment=debug_1gpu"
+    return [resume, ("another layout", layout), ("on a GPU", gpu)]
+
+
+def main() -> int:
+    """Entry of `python -m dsv2_train.cli.train`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

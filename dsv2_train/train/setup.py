@@ -1,0 +1,149 @@
+"""Builds everything a run needs, in the order of the journey."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from dsv2_train.checkpoint.manager import CheckpointManager
+from dsv2_train.checkpoint.state import TrainState
+from dsv2_train.config.run import RunConfig
+from dsv2_train.data.loader import Split, open_split
+from dsv2_train.data.manifest import verify
+from dsv2_train.distributed import groups as process_groups
+from dsv2_train.distributed.env import Env
+from dsv2_train.model.build import build_model
+from dsv2_train.model.implementation import Choice, choose
+from dsv2_train.model.moe.router import DeviceLimitedRouter
+from dsv2_train.monitor.monitor import Monitor
+from dsv2_train.monitor.report import StartUp, start_up_table
+from dsv2_train.optim.adam import choose_adam
+from dsv2_train.optim.build import build_optimizer, wrap
+from dsv2_train.pipeline.forward_backward import build_forward_backward
+from dsv2_train.recipe.clock import Clock, Schedule
+from dsv2_train.recipe.parameters import model_parameters, stage_parameters
+from dsv2_train.train.run import Run
+from dsv2_train.train.signals import StopSignals
+from dsv2_train.train.telemetry import Telemetry
+
+# The first collectives wait for ranks that still build; later ones for the slowest step.
+TIMEOUT_S = 1800.0
+
+
+def build_run(config: RunConfig, env: Env) -> Run:
+    """Build, restore the newest checkpoint if there is one, and show the start-up table.
+
+    Args:
+        config: the run, checked.
+        env: this process among all.
+
+    Returns:
+        This rank's run, ready to train.
+
+    Raises:
+        ConfigError: if an implementation that was asked for cannot run here.
+        DataError: if the corpus is not the one its manifest describes.
+        CheckpointError: if the newest checkpoint is damaged or of another model.
+
+    Note:
+        Collective over all ranks.
+    """
+    choices = choose(config.parallel, env.device)
+    groups = process_groups.build(config.parallel, TIMEOUT_S)
+    model = build_model(config, groups, choices, env.device)
+    [chunk] = wrap([model], config.parallel, config.recipe.precision, groups)
+    adam = choose_adam(config.optim.adam, env.device)
+    optimizer = build_optimizer([chunk], config.optim, adam, groups)
+    checkpoints = CheckpointManager(
+        config.run.folder / "checkpoints", config.checkpoint.every_steps
+    )
+    state = checkpoints.restore(list(optimizer.pieces()))
+    if state is not None:
+        optimizer.adam_step = state.adam_step
+        optimizer.after_load()
+    schedule = Schedule(config.recipe, config.optim)
+    clock = Clock(state.step, state.consumed_samples) if state else Clock()
+    monitor = _monitor(config, env, schedule, state)
+    if monitor is not None:
+        verify(Path(config.data.path))
+    run = Run(
+        config=config,
+        env=env,
+        groups=groups,
+        world=dist.group.WORLD,
+        schedule=schedule,
+        clock=clock,
+        chunk=chunk,
+        optimizer=optimizer,
+        forward_backward=build_forward_backward(chunk, groups),
+        train_split=_split(config, "train"),
+        validation_split=_split(config, "validation"),
+        checkpoints=checkpoints,
+        monitor=monitor,
+        telemetry=_telemetry(config, monitor, model, groups.dp.size(), env.device),
+        signals=StopSignals(),
+    )
+    if monitor is not None:
+        monitor.message(start_up_table(_start_up(run, [*choices.values(), Choice("adam", adam.implementation, adam.reason)])))
+    return run
+
+
+def _monitor(
+    config: RunConfig, env: Env, schedule: Schedule, state: TrainState | None
+) -> Monitor | None:
+    if env.rank != 0:
+        return None
+    return Monitor(
+        config.monitor,
+        config.run.folder,
+        total_steps=schedule.num_steps,
+        first_step=state.step if state else 0,
+        wandb_run_id=state.wandb_run_id if state else None,
+        resolved_config=config.model_dump(mode="json"),
+    )
+
+
+def _split(config: RunConfig, name: str) -> Split:
+    length = config.recipe.sequence_length
+    return open_split(Path(config.data.path), name, length, config.run.seed)
+
+
+def _telemetry(
+    config: RunConfig,
+    monitor: Monitor | None,
+    model: GPTModel,
+    dp_size: int,
+    device: torch.device,
+) -> Telemetry:
+    routers = {
+        layer.layer_number - 1: layer.mlp.router
+        for layer in model.decoder.layers
+        if hasattr(layer.mlp, "router")
+    }
+    return Telemetry(config, monitor, routers, dist.group.WORLD, dp_size, device)
+
+
+def _start_up(run: Run, choices: list[Choice]) -> StartUp:
+    config, device = run.config, run.env.device
+    on_gpu = device.type == "cuda"
+    whole = model_parameters(config.model)
+    stages = stage_parameters(config.model, config.parallel)
+    parallel = config.parallel
+    return StartUp(
+        run_name=config.run.name,
+        device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        layout={"pp": parallel.pp, "ep": parallel.ep, "dp": parallel.dp, "edp": parallel.edp},
+        layers_per_stage=parallel.stage_layers(config.model.num_layers),
+        num_parameters=whole.total,
+        num_activated_parameters=whole.activated(config.model).total,
+        parameters_per_rank=tuple(stage.on_rank(parallel).total for stage in stages),
+        sequence_length=config.recipe.sequence_length,
+        global_batch_size=run.schedule.at(run.clock).global_batch_size,
+        micro_batch_size=config.recipe.micro_batch_size,
+        num_microbatches=run.num_microbatches,
+        first_step=run.clock.step,
+        total_steps=run.schedule.num_steps,
+        total_tokens=run.schedule.budget_tokens,
+        implementations=choices,
+    )
