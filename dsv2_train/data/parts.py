@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from dsv2_train.data.corpus import Document, Skipped, UnusableDocument, read_text
 from dsv2_train.data.manifest import DataError, FileRecord, SplitRecord, describe_file
@@ -151,9 +150,7 @@ def merge(parts: Sequence[Part], folder: Path, out: Path, dtype: str) -> Merged:
         reasons = Counter(entry.reason for entry in skipped)
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         raise DataError(f"--source: the {split} split has no text: its documents are {counts}")
-    with (out / f"{split}.idx.tmp").open("wb") as file:
-        for field in _index_fields(np.array(lengths, dtype=np.int32), dtype):
-            file.write(field)
+    write_index(out / f"{split}.idx.tmp", lengths, dtype)
     record = SplitRecord(
         bin=_publish(out / f"{split}.bin"),
         idx=_publish(out / f"{split}.idx"),
@@ -165,15 +162,23 @@ def merge(parts: Sequence[Part], folder: Path, out: Path, dtype: str) -> Merged:
     return Merged(record, skipped)
 
 
-def _index_fields(lengths: npt.NDArray[np.int32], dtype: str) -> Iterator[bytes]:
-    """The .idx format of megatron-core 0.16.1, one sequence per document."""
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    yield b"MMIDIDX\x00\x00"
-    yield struct.pack("<QB", 1, _DTYPE_CODES[dtype])
-    yield struct.pack("<QQ", lengths.size, lengths.size + 1)
-    yield lengths.tobytes()
-    yield (starts * np.dtype(dtype).itemsize).tobytes()
-    yield np.arange(lengths.size + 1, dtype=np.int64).tobytes()
+def write_index(path: Path, lengths: Sequence[int], dtype: str) -> None:
+    """Write an .idx of megatron-core 0.16.1 with one sequence per document.
+
+    Args:
+        path: file to write.
+        lengths: tokens of each document, in the order of the .bin.
+        dtype: numpy name of the token type.
+    """
+    sizes = np.array(lengths, dtype=np.int32)
+    starts = np.cumsum(sizes, dtype=np.int64) - sizes
+    with path.open("wb") as file:
+        file.write(b"MMIDIDX\x00\x00")
+        file.write(struct.pack("<QB", 1, _DTYPE_CODES[dtype]))
+        file.write(struct.pack("<QQ", sizes.size, sizes.size + 1))
+        file.write(sizes.tobytes())
+        file.write((starts * np.dtype(dtype).itemsize).tobytes())
+        file.write(np.arange(sizes.size + 1, dtype=np.int64).tobytes())
 
 
 def _publish(path: Path) -> FileRecord:
@@ -190,9 +195,11 @@ def _split(documents: Sequence[Document], validation_share: float) -> dict[str, 
             f"--source: found 1 document ({documents[0].name}); at least 2 are needed, since a "
             "document is in the train or the validation split: give several files, or JSONL"
         )
-    ranked = sorted(documents, key=lambda document: (_hash(document.name, "split"), document.name))
+    ranked = sorted(
+        documents, key=lambda document: (_hash(document.name, "validation"), document.name)
+    )
     limit = int(validation_share * 2**64)
-    count = sum(_hash(document.name, "split") < limit for document in documents)
+    count = sum(_hash(document.name, "validation") < limit for document in documents)
     count = min(max(count, 1), len(documents) - 1)
     return {"train": ranked[count:], "validation": ranked[:count]}
 

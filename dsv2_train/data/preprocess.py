@@ -117,13 +117,14 @@ def prepare(folder: Path, request: Request, num_workers: int, report: Report) ->
         DataError: nothing to train on, a folder made from something else, files changed since, or
             another process is writing the folder.
     """
+    work = folder / _WORK_NAME
     complete = _find_complete(folder, request)
     if complete is not None:
+        shutil.rmtree(work, ignore_errors=True)
         return Prepared(complete, is_new=False)
     listing = list_documents(request.sources, request.file_format)
     planned = part_files.plan_parts(listing.documents, request.validation_share, request.seed)
     _refuse_foreign(folder)
-    work = folder / _WORK_NAME
     work.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _claim(folder, request, listing)
