@@ -28,7 +28,7 @@ def install() -> None:
         Replaces attributes of `torch.cuda` and of megatron-core modules for the whole process.
     """
     answer_undefined_names()
-    if torch.cuda.is_available() or torch.cuda.Stream is _Stream:
+    if torch.cuda.is_available() or issubclass(torch.cuda.Stream, _Stream):
         return
     for answer in ANSWERS:
         answer()
@@ -106,11 +106,11 @@ def answer_undefined_names() -> None:
     """Names that 0.16.1 leaves undefined without transformer-engine, on CUDA too.
 
     `moe_utils.te_general_gemm`: router gating asks whether it is None.
-    `multi_latent_attention.TELinear`: `HAVE_TE` is true there all the same, and `isinstance` asks.
+    `multi_latent_attention.TELinear`: a mock that `isinstance` refuses, while `HAVE_TE` is true.
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         _replace(moe_utils, te_general_gemm=None)
-    if multi_latent_attention.TELinear is None:
+    if not isinstance(multi_latent_attention.TELinear, type):
         _replace(multi_latent_attention, HAVE_TE=False)
 
 

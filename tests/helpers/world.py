@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 MAX_WORLD_SIZE = 4
+START_TIMEOUT_S = 300
+READY = b"ready"
 ROOT = Path(__file__).parents[2]
 
 
@@ -73,6 +75,9 @@ class World:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        for _, connection in self._workers:
+            assert connection.poll(START_TIMEOUT_S), "a worker does not start"
+            assert connection.recv_bytes() == READY
 
     def _collect(self, world_size: int, deadline_s: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -123,6 +128,7 @@ def _work(connection: Connection, warning_filters: list[str]) -> None:
 
     torch.set_num_threads(1)
     cpu_ranks.install()
+    connection.send_bytes(READY)
     while True:
         try:
             task = connection.recv_bytes()
