@@ -1,0 +1,45 @@
+"""Folders that look like what `dsv2 prepare` and a run leave, without their content."""
+
+from pathlib import Path
+
+from dsv2_train.checkpoint import layout
+from dsv2_train.config.load import to_yaml
+from dsv2_train.config.run import RunConfig
+from dsv2_train.data.manifest import (
+    Manifest,
+    SplitRecord,
+    TokenizerRecord,
+    describe_file,
+    write_manifest,
+)
+
+
+def write_data_folder(folder: Path, vocab_size: int) -> None:
+    """A data folder with the right names, sizes and checksums."""
+    folder.mkdir(parents=True)
+
+    def split(name: str) -> SplitRecord:
+        for suffix in ("bin", "idx"):
+            (folder / f"{name}.{suffix}").write_bytes(b"not tokens")
+        return SplitRecord(
+            bin=describe_file(folder / f"{name}.bin"),
+            idx=describe_file(folder / f"{name}.idx"),
+            dtype="uint16",
+            num_documents=10,
+            num_tokens=1_000_000,
+            text_bytes=3_000_000,
+        )
+
+    (folder / "tokenizer.json").write_text("{}")
+    tokenizer = TokenizerRecord(describe_file(folder / "tokenizer.json"), vocab_size, 0, 1)
+    splits = {name: split(name) for name in ("train", "validation")}
+    write_manifest(folder, Manifest("test", {}, tokenizer, splits, {}))
+
+
+def write_checkpoint(config: RunConfig, step: int) -> Path:
+    """A run folder's complete checkpoint, as far as a launch looks into it."""
+    folder = layout.step_folder(config.run.folder / "checkpoints", step)
+    folder.mkdir(parents=True)
+    (folder / layout.CONFIG).write_text(to_yaml(config))
+    (folder / layout.MARKER).write_text("")
+    return folder

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+
+from dsv2_train.cli.launch.run_folder import inspect
+from dsv2_train.config.load import load_file
+from dsv2_train.config.problems import ConfigError
+from dsv2_train.config.run import RunConfig
+from tests.helpers.tiny import tiny_config
+from tests.unit.cli.folders import write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def config(*overrides: str) -> RunConfig:
+    return tiny_config("run.name=r", "recipe.num_steps=40", *overrides)
+
+
+def test_a_new_run_begins() -> None:
+    launch = inspect(config())
+    assert launch.saved_step is None
+    assert not launch.is_finished
+    assert launch.describe() == "run r begins: 40 steps, 1 ranks (PP 1 x EP 1 x DP 1)"
+
+
+def test_an_unfinished_run_goes_on() -> None:
+    write_checkpoint(config(), 10)
+    write_checkpoint(config(), 20)
+    launch = inspect(config())
+    assert launch.saved_step == 20
+    assert launch.describe().startswith("run r goes on after step 20: 40 steps")
+
+
+def test_a_finished_run_says_so() -> None:
+    write_checkpoint(config(), 40)
+    launch = inspect(config())
+    assert launch.is_finished
+    assert "run r is finished: 40 of 40 steps, in runs/r" in launch.describe()
+
+
+def test_a_longer_budget_makes_a_finished_run_go_on() -> None:
+    write_checkpoint(config(), 40)
+    launch = inspect(config("recipe.num_steps=60"))
+    assert not launch.is_finished
+    assert "recipe.num_steps: 40 -> 60" in launch.describe()
+
+
+def test_an_unfinished_checkpoint_does_not_count() -> None:
+    (write_checkpoint(config(), 10) / "COMPLETE").unlink()
+    assert inspect(config("model.num_layers=3", "run.seed=4")).saved_step is None
+
+
+def test_all_changes_that_mean_another_run_are_refused_at_once() -> None:
+    write_checkpoint(config(), 10)
+    with pytest.raises(ConfigError) as caught:
+        inspect(config("model.num_layers=3", "run.seed=4", "optim.lr=1", "data.path=x"))
+    assert [problem.path for problem in caught.value.problems] == [
+        "data.path",
+        "model.num_layers",
+        "run.seed",
+    ]
+    assert "runs/r was trained with 1234" in str(caught.value)
+
+
+def test_the_checkpoint_decides_not_the_last_launch() -> None:
+    write_checkpoint(config(), 10)
+    inspect(config("recipe.num_steps=60")).write_config()
+    assert [change.path for change in inspect(config("recipe.num_steps=60")).changes] == [
+        "recipe.num_steps"
+    ]
+    assert inspect(config()).changes == ()
+
+
+def test_one_node_is_the_limit() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.world_size: found 16; must be at most"):
+        inspect(config("parallel.world_size=16", "recipe.micro_batch_size=1"))
+
+
+def test_config_is_written_and_the_one_before_is_kept() -> None:
+    inspect(config()).write_config()
+    inspect(config()).write_config()
+    inspect(config("optim.lr=1")).write_config()
+    inspect(config("optim.lr=2")).write_config()
+    assert load_file(Path("runs/r/config.yaml")) == config("optim.lr=2")
+    assert load_file(Path("runs/r/logs/config_0001.yaml")) == config()
+    assert load_file(Path("runs/r/logs/config_0002.yaml")) == config("optim.lr=1")
+    assert sorted(path.name for path in Path("runs/r").iterdir()) == ["config.yaml", "logs"]
+
+
+def test_every_launch_has_its_own_logs() -> None:
+    launch = inspect(config())
+    assert launch.next_log_dir().name == "launch_0001"
+    launch.next_log_dir().mkdir(parents=True)
+    assert launch.next_log_dir().name == "launch_0002"
+
+
+def test_a_folder_that_cannot_be_written_is_a_config_error() -> None:
+    Path("runs").write_text("a file")
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        inspect(config()).write_config()

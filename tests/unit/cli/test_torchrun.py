@@ -1,0 +1,150 @@
+"""Real torchrun, two ranks that do almost nothing: output, failure, signals, no leftovers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Importing torch takes seconds, many times that on a machine that is busy.
+PATIENCE_S = 90.0
+
+LAUNCHER = """\
+import sys
+from pathlib import Path
+from dsv2_train.cli.launch.torchrun import run_ranks
+outcome = run_ranks([sys.argv[1]], 2, Path("logs"))
+print(outcome, flush=True)
+sys.exit(outcome.status)
+"""
+
+WORKER = """\
+import os, signal, sys, time
+from pathlib import Path
+rank = os.environ["RANK"]
+Path(f"pid_{rank}").write_text(str(os.getpid()))
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+print("hello from", rank, "threads", os.environ["OMP_NUM_THREADS"], flush=True)
+while not stopped:
+    time.sleep(0.05)
+"""
+
+FAILING_WORKER = """\
+import os, time
+from torch.distributed.elastic.multiprocessing.errors import record
+from dsv2_train.config.problems import ConfigError, Problem
+
+@record
+def main():
+    if os.environ["RANK"] == "1":
+        raise ERROR
+    time.sleep(600)
+
+main()
+"""
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start the launcher on a worker's source in an empty folder; ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(source: str) -> subprocess.Popen[str]:
+        (tmp_path / "worker.py").write_text(source)
+        environment = {name: os.environ[name] for name in os.environ if name != "OMP_NUM_THREADS"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, "worker.py"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.05)
+
+
+def rank_pids(folder: Path) -> list[int]:
+    """Process ids of the two ranks, once both run."""
+    files = [folder / f"pid_{rank}" for rank in range(2)]
+    eventually(lambda: all(file.exists() and file.read_text() for file in files))
+    return [int(file.read_text()) for file in files]
+
+
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_first_signal_lets_the_ranks_end_well(
+    tmp_path: Path, launch: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    launcher = launch(WORKER)
+    rank_pids(tmp_path)
+    time.sleep(0.5)
+    launcher.send_signal(signal.SIGTERM)
+    out, err = launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == 0, err
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert out.splitlines() == [
+        f"hello from 0 threads {threads}",
+        "Outcome(status=0, was_stopped=True)",
+    ]
+    (other,) = tmp_path.glob("logs/*/attempt_0/1/stdout.log")
+    assert other.read_text() == f"hello from 1 threads {threads}\n"
+
+
+@pytest.mark.parametrize("victim", ["launcher", "torchrun"])
+def test_no_rank_outlives_who_started_it(
+    tmp_path: Path, launch: Callable[[str], subprocess.Popen[str]], victim: str
+) -> None:
+    launcher = launch(WORKER)
+    pids = rank_pids(tmp_path)
+    os.kill(launcher.pid if victim == "launcher" else parent_of(pids[0]), signal.SIGKILL)
+    eventually(lambda: not any(is_alive(pid) for pid in pids))
+    if victim == "torchrun":
+        _, err = launcher.communicate(timeout=PATIENCE_S)
+        assert launcher.returncode == 1
+        assert "torchrun was killed by SIGKILL" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        ("ValueError('boom')", 1, "rank 1 raised first:\n"),
+        ("ConfigError([Problem('a', 1, 'must be 2')])", 2, "\n\n1 configuration problem:\n  - a: "),
+        ("SystemExit(os.kill(os.getpid(), 9))", 1, "\nrank 1 was killed by SIGKILL"),
+    ],
+)
+def test_what_failed_is_the_last_thing_told(
+    launch: Callable[[str], subprocess.Popen[str]], error: str, status: int, told: str
+) -> None:
+    launcher = launch(FAILING_WORKER.replace("ERROR", error))
+    _, err = launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == status, err
+    assert told in err
+    assert err.splitlines()[-1].startswith("everything the ranks wrote: logs/")
