@@ -13,6 +13,7 @@ IMPORT_WARNINGS = (
     "ignore:`torch.jit.script:DeprecationWarning",
     "ignore:The following imports from `dynamic_context.py`:DeprecationWarning",
     "ignore:Warning. tp_group is None:DeprecationWarning",  # of its own calls
+    "ignore:`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is:FutureWarning",
     "ignore:MLP requires ffn_hidden_size:DeprecationWarning",  # of its own shared experts
     "ignore:\\s*The 'megatron.core.transformer.custom_layers:DeprecationWarning",
 )

@@ -1,0 +1,122 @@
+"""The same seed gives the same model, and the same first steps, at any layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv2_train.config.run import RunConfig
+from dsv2_train.train.run import Run
+from dsv2_train.train.step import train_step
+from tests.helpers.corpus import synthetic_folder
+from tests.helpers.run import Owned, add_up, close_run, open_run, owned, run_config
+from tests.helpers.world import World
+
+NUM_STEPS = 5
+
+LAYOUTS = {
+    "PP1 EP1": (1, ()),
+    "PP2 EP1": (2, ("parallel.pp=2",)),
+    "PP1 EP2": (2, ("parallel.ep=2",)),
+    "PP2 EP2": (4, ("parallel.pp=2", "parallel.ep=2")),
+    "PP4 EP1": (4, ("parallel.pp=4",)),
+    "PP1 EP2 DP2": (4, ("parallel.ep=2",)),
+    "PP2 EP1 uneven": (2, ("parallel.pp=2", "parallel.layers_per_stage=[1,3]")),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a rank saw."""
+
+    initial: list[Owned]
+    gradients: dict[tuple[str, int], torch.Tensor]
+    losses: list[float]
+    norms: list[float]
+
+
+def _first_steps(rank: int, config: RunConfig) -> Trace:
+    run = open_run(rank, config)
+    initial = owned(run)
+    losses, norms = [], []
+    gradients: dict[tuple[str, int], torch.Tensor] = {}
+    for step in range(NUM_STEPS):
+        point = run.schedule.at(run.clock)
+        result = train_step(run, point)
+        if step == 0:
+            gradients = _gradient_shards(run, float(result.grad_norm))
+        run.clock = run.clock.advance(point)
+        losses.append(float(result.loss))
+        norms.append(float(result.grad_norm))
+    close_run(run)
+    return Trace(initial, gradients, losses, norms)
+
+
+def _gradient_shards(run: Run, norm: float) -> dict[tuple[str, int], torch.Tensor]:
+    """Reduced gradients of the owned ranges, clipping undone, by tensor and offset."""
+    clip = min(1.0, run.config.optim.clip_grad_norm / (norm + 1e-6))
+    return {
+        (shard.place.name, shard.place.offset): shard.gradient.clone() / clip
+        for shard in run.optimizer._shards
+    }
+
+
+def _whole_gradients(traces: list[Trace]) -> dict[str, torch.Tensor]:
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for trace in traces:
+        for (name, offset), gradient in trace.gradients.items():
+            parts.setdefault(name, []).append((offset, gradient))
+    return {
+        name: torch.cat([gradient for _, gradient in sorted(found, key=lambda part: part[0])])
+        for name, found in parts.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def reference(world: World, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Trace]:
+    return _traces(world, data, tmp_path_factory.mktemp("reference"), "PP1 EP1")
+
+
+def _traces(world: World, data: Path, folder: Path, layout: str, *more: str) -> list[Trace]:
+    size, overrides = LAYOUTS[layout]
+    config = run_config(folder, data, f"parallel.world_size={size}", *overrides, *more)
+    return world.run(_first_steps, size, config)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "PP1 EP1"])
+def test_model_and_first_steps_do_not_depend_on_the_layout(
+    world: World, data: Path, reference: list[Trace], tmp_path: Path, layout: str
+) -> None:
+    traces = _traces(world, data, tmp_path, layout)
+    assert add_up([trace.initial for trace in traces]) == add_up([reference[0].initial])
+
+    # fp32 sums of a different order: 1e-5 of the largest element holds with a margin of ten.
+    expected = _whole_gradients(reference)
+    gradients = _whole_gradients(traces)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        scale = expected[name].abs().max()
+        assert (gradient - expected[name]).abs().max() <= 1e-5 * scale, name
+
+    size = LAYOUTS[layout][0]
+    pp = 4 if "PP4" in layout else 2 if "PP2" in layout else 1
+    losses = torch.tensor([trace.losses for trace in traces]).sum(0) * pp / size
+    torch.testing.assert_close(losses, torch.tensor(reference[0].losses), rtol=1e-5, atol=0)
+    for trace in traces:
+        norms = torch.tensor(trace.norms)
+        torch.testing.assert_close(norms, torch.tensor(reference[0].norms), rtol=1e-5, atol=0)
+
+
+def test_another_seed_is_another_model(
+    world: World, data: Path, reference: list[Trace], tmp_path: Path
+) -> None:
+    traces = _traces(world, data, tmp_path, "PP1 EP1", "run.seed=1235")
+    ours, other = add_up([reference[0].initial]), add_up([traces[0].initial])
+    matrices = [key for key in ours if key.startswith("weight/") and "norm" not in key]
+    assert all(ours[key] != other[key] for key in matrices)

@@ -1,0 +1,67 @@
+"""Stopped and resumed equals straight through, bit for bit, on the same layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv2_train.config.run import RunConfig
+from dsv2_train.train.loop import train
+from tests.helpers.corpus import synthetic_folder
+from tests.helpers.run import Owned, add_up, close_run, open_run, owned, run_config
+from tests.helpers.world import World
+
+
+def _train(rank: int, config: RunConfig, stop_at: int | None) -> list[Owned]:
+    run = open_run(rank, config)
+    if stop_at is not None:
+        run.signals.agreed = lambda *_: run.clock.step >= stop_at  # type: ignore[method-assign]
+    train(run)
+    state = owned(run)
+    close_run(run)
+    return state
+
+
+def _rows(config: RunConfig) -> list[dict[str, float]]:
+    """What does not depend on the clock on the wall."""
+    lines = (config.run.folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key[:5] not in ("perf/", "mem/p")}
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides"),
+    [
+        (1, ()),
+        (4, ("parallel.pp=2", "parallel.ep=2")),
+        (4, ("parallel.ep=2", "parallel.bucket_size=3000")),
+        (2, ("recipe.precision=bf16",)),
+    ],
+    ids=["one rank", "PP2 EP2", "EP2 DP2, buckets", "bf16 DP2"],
+)
+def test_resumed_equals_straight(
+    world: World, tmp_path: Path, size: int, overrides: tuple[str, ...]
+) -> None:
+    data = synthetic_folder(tmp_path / "data")
+    common = (f"parallel.world_size={size}", "monitor.log_every_steps=2", *overrides)
+    straight = run_config(tmp_path, data, "run.name=straight", *common)
+    resumed = run_config(tmp_path, data, "run.name=resumed", *common)
+    expected = add_up(world.run(_train, size, straight, None))
+    halfway = add_up(world.run(_train, size, resumed, 3))
+    assert halfway != expected
+    assert add_up(world.run(_train, size, resumed, None)) == expected
+    assert _rows(resumed) == _rows(straight)
+
+
+def test_rows_after_the_restored_step_are_kept_aside(world: World, tmp_path: Path) -> None:
+    data = synthetic_folder(tmp_path / "data")
+    config = run_config(tmp_path, data, "parallel.world_size=1")
+    world.run(_train, 1, config, 3)
+    metrics = config.run.folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 4, "train/loss": 9.0}\n')
+    world.run(_train, 1, config, None)
+    assert [row["step"] for row in _rows(config) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    [aside] = (config.run.folder / "logs").glob("metrics_after_step_00000003_*.jsonl")
+    assert json.loads(aside.read_text())["train/loss"] == 9.0
