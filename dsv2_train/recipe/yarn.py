@@ -36,10 +36,10 @@ def ramp_bounds(yarn: YarnConfig, rope_theta: float, rope_dim: int) -> tuple[int
 def frequency_ratios(yarn: YarnConfig, rope_theta: float, rope_dim: int) -> tuple[float, ...]:
     """inv_freq_j / theta_j of each channel: 1 up to `low`, 1 / factor from `high` on.
 
-    Bounds that coincide are taken 0.001 apart, as in the released code.
+    Bounds that coincide make a step from that channel to the next, as in the released code.
     """
     low, high = ramp_bounds(yarn, rope_theta, rope_dim)
-    width = (high - low) or 0.001
+    width = (high - low) or 1
     ramp = (min(max((j - low) / width, 0.0), 1.0) for j in range(rope_dim // 2))
     return tuple((1 - r) + r / yarn.factor for r in ramp)
 

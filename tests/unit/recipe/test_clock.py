@@ -80,6 +80,21 @@ def test_num_steps_ends_a_run_and_gives_the_budget() -> None:
     assert schedule.num_steps == len(clocks(schedule)) - 1 == steps
 
 
+def test_a_budget_of_whole_steps_ends_with_the_last_of_them() -> None:
+    tokens = 10 * QUICKSTART.recipe.global_batch_size * QUICKSTART.recipe.sequence_length
+    schedule = schedule_of(
+        preset("quickstart", "recipe.num_steps=null", f"recipe.num_tokens={tokens}")
+    )
+    assert schedule.num_steps == len(clocks(schedule)) - 1 == 10
+
+
+def test_a_stage_begins_with_the_step_that_reaches_it() -> None:
+    """60% of 400 steps of one size are 240, warm-up is 40."""
+    schedule = schedule_of(QUICKSTART)
+    stages = [schedule.at(schedule.clock_at_step(step)).recipe_stage for step in (39, 40, 239, 240)]
+    assert stages == ["warm-up", "peak", "peak", "decay 1"]
+
+
 def test_num_steps_ends_a_run_before_its_budget() -> None:
     schedule = schedule_of(preset("dsv2_236b_pretrain", "recipe.num_steps=5"))
     assert schedule.budget_tokens == 8_100_000_000_000
