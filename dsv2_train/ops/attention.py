@@ -55,41 +55,40 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> T
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        scaled_q = _heads_first(q) * softmax_scale
-        keys, values = _heads_first(k), _heads_first(v)
+        queries, keys, values = _heads_first(q), _heads_first(k), _heads_first(v)
         out = v.new_empty(v.shape)
         future = q.new_full((_BLOCK, _BLOCK), -math.inf).triu_(1)
         softmaxes = []
         for start, stop in _blocks(q.size(0)):
-            scores = torch.bmm(scaled_q[:, start:stop], keys[:, :stop].mT)
             size = stop - start
+            scores = q.new_empty(queries.size(0), size, stop)
+            scores.baddbmm_(queries[:, start:stop], keys[:, :stop].mT, beta=0, alpha=softmax_scale)
             scores[:, :, start:].add_(future[:size, :size])
             softmax = torch.softmax(scores, dim=-1, out=scores)
-            block = torch.bmm(softmax, values[:, :stop])
-            out[start:stop] = _heads_last(block, v.size(1))
+            out[start:stop] = _heads_last(torch.bmm(softmax, values[:, :stop]), v.size(1))
             softmaxes.append(softmax)
         ctx.softmax_scale = softmax_scale
-        ctx.save_for_backward(scaled_q, keys, values, out, *softmaxes)
+        ctx.save_for_backward(queries, keys, values, out, *softmaxes)
         return out.flatten(2)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        scaled_q, keys, values, out, *softmaxes = ctx.saved_tensors
+        queries, keys, values, out, *softmaxes = ctx.saved_tensors
         num_samples = out.size(1)
         grad_out = grad_out.view(out.shape)
         # The softmax's backward subtracts sum_j P_ij dP_ij, which equals out_i . grad_out_i.
         row_sums = _heads_first((grad_out * out).sum(dim=-1, keepdim=True))
         grad_rows = _heads_first(grad_out)
-        grad_q = torch.empty_like(scaled_q)
+        scale = ctx.softmax_scale
+        grad_q = torch.empty_like(queries)
         grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
         for (start, stop), softmax in zip(_blocks(out.size(0)), softmaxes, strict=True):
             rows = grad_rows[:, start:stop]
             grad_v[:, :stop].baddbmm_(softmax.mT, rows)
             grad_scores = torch.bmm(rows, values[:, :stop].mT)
             grad_scores.sub_(row_sums[:, start:stop]).mul_(softmax)
-            grad_q[:, start:stop] = torch.bmm(grad_scores, keys[:, :stop])
-            grad_k[:, :stop].baddbmm_(grad_scores.mT, scaled_q[:, start:stop])
-        grad_q.mul_(ctx.softmax_scale)
+            grad_q[:, start:stop].baddbmm_(grad_scores, keys[:, :stop], beta=0, alpha=scale)
+            grad_k[:, :stop].baddbmm_(grad_scores.mT, queries[:, start:stop], alpha=scale)
         return (
             _heads_last(grad_q, num_samples),
             _heads_last(grad_k, num_samples),

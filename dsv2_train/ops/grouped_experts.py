@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv2_train.ops.main_grad import gradient_buffer, mark_added
+from dsv2_train.ops.swiglu import swiglu_gradient
 
 Implementation = Literal["loop", "grouped_mm"]
 
@@ -147,13 +148,7 @@ class _GroupedExperts(torch.autograd.Function):
         grad_gates = (grad_activation * activation).sum(dim=-1, keepdim=True, dtype=gates.dtype)
         grad_fc2 = products.outer(fc2, grad_y, activation.mul_(gates))
 
-        grad_activation.mul_(gates)
-        grad_projected = torch.empty_like(projected)
-        grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
-        torch.mul(grad_activation, silu, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(
-            grad_activation.mul_(up), gate, grad_input=grad_gate
-        )
+        grad_projected = swiglu_gradient(grad_activation.mul_(gates), projected, silu)
         grad_fc1 = products.outer(fc1, grad_projected, x)
         grad_x = products.rows_times(grad_projected, fc1)
         return grad_x, grad_fc1, grad_fc2, grad_gates, None

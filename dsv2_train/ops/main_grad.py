@@ -1,8 +1,8 @@
 """Where a weight's gradient goes: into megatron-core's gradient buffer, or back to autograd.
 
-megatron-core's data parallel wrapper gives each parameter `main_grad`, a view of one contiguous
+megatron-core's data-parallel wrapper gives each parameter `main_grad`, a view of one contiguous
 gradient buffer, and `grad_added_to_main_grad`. An op that adds its weight gradient to `main_grad`
-itself and sets the flag saves a gradient tensor of the weight's size and one pass over it.
+itself and sets the flag saves a gradient tensor of the weight's size and a pass over it.
 """
 
 import torch
@@ -28,3 +28,24 @@ def mark_added(weight: Tensor) -> Tensor:
     assert not getattr(weight, "zero_out_wgrad", False), "embedding and head are not tied here"
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.empty_like(weight)
+
+
+def weight_gradient(weight: Tensor, grad_y: Tensor, x: Tensor) -> Tensor:
+    """Gradient of `weight` in y = x weight^T, added to its buffer where it has one.
+
+    Args:
+        weight: [b, a].
+        grad_y: [T, b].
+        x: [T, a].
+
+    Returns:
+        What backward hands to autograd for `weight`.
+    """
+    buffer = gradient_buffer(weight)
+    if buffer is None:
+        return torch.mm(grad_y.t(), x)
+    if buffer.dtype == x.dtype:
+        buffer.addmm_(grad_y.t(), x)
+    else:
+        buffer.add_(torch.mm(grad_y.t(), x))
+    return mark_added(weight)
