@@ -1,0 +1,1 @@
+"""Our training step beside other people's, on one CPU thread: `python -m benchmarks`."""
