@@ -1,0 +1,26 @@
+"""The files that the house rules hold for, and their syntax trees."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "dsv2_train"
+PYTHON_FOLDERS = ("dsv2_train", "tests", "benchmarks")
+
+
+def python_files(*folders: str) -> Iterator[Path]:
+    """Python files below folders of the repository, all of them by default."""
+    for folder in folders or PYTHON_FOLDERS:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def tree(path: Path) -> ast.Module:
+    """A file's syntax tree."""
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def place(path: Path, node: ast.AST | None = None) -> str:
+    """`file:line`, for people."""
+    name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    return name if node is None else f"{name}:{getattr(node, 'lineno', '?')}"

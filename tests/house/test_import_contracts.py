@@ -1,0 +1,63 @@
+"""The import contracts of pyproject.toml hold, and each one catches a violation of its own."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.house.source import PACKAGE, ROOT
+
+LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
+
+# Number of the contract, a file, and an import that only this contract forbids.
+PLANTED = [
+    (1, "model/build.py", "import dsv2_train.optim.build"),
+    (1, "distributed/sharding.py", "import dsv2_train.data.sampler"),
+    (1, "planner/report.py", "import dsv2_train.cli.compose"),
+    (2, "recipe/yarn.py", "import torch"),
+    (3, "monitor/metrics.py", "import megatron.core"),
+    (3, "ops/attention.py", "import megatron.core"),
+    (4, "data/corpus.py", "import hydra"),
+    (5, "train/loop.py", "import wandb"),
+    (6, "train/loop.py", "import omegaconf"),
+    (7, "recipe/clock.py", "import pydantic"),
+    (8, "cli/validate.py", "import torch"),
+    (8, "planner/report.py", "import torch"),
+    (9, "checkpoint/hf_names.py", "import transformers"),
+]
+
+
+def broken_contracts(folder: Path) -> set[int]:
+    done = subprocess.run(
+        [LINT_IMPORTS, "--no-cache", "--config", "pyproject.toml"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    verdicts = re.findall(r"^(\d+) .* (KEPT|BROKEN)", done.stdout, flags=re.MULTILINE)
+    assert len(verdicts) == len({number for number, _, _ in PLANTED}), done.stdout + done.stderr
+    assert (done.returncode == 0) == all(verdict == "KEPT" for _, verdict in verdicts)
+    return {int(number) for number, verdict in verdicts if verdict == "BROKEN"}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_contracts_hold() -> None:
+    assert broken_contracts(ROOT) == set()
+
+
+@pytest.mark.parametrize(("number", "file", "line"), PLANTED)
+def test_a_planted_import_breaks_its_contract_alone(
+    copy: Path, number: int, file: str, line: str
+) -> None:
+    path = copy / "dsv2_train" / file
+    path.write_text(f"{path.read_text()}\n{line}\n")
+    assert broken_contracts(copy) == {number}

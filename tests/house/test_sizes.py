@@ -1,0 +1,65 @@
+"""Small files, small functions, small packages: what one reader holds in mind."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.house.source import PACKAGE, place, python_files, tree
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+MAX_FILES_A_PACKAGE = 9
+MAX_PACKAGE_LINES = 15_000
+
+
+def long_files(files: Iterator[Path]) -> list[str]:
+    return [
+        f"{place(path)}: {count} lines"
+        for path in files
+        if (count := len(path.read_text().splitlines())) > MAX_FILE_LINES
+    ]
+
+
+def long_functions(files: Iterator[Path]) -> list[str]:
+    return [
+        f"{place(path, node)}: {node.name} has {count} lines"
+        for path in files
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (count := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+    ]
+
+
+def crowded_packages(root: Path) -> list[str]:
+    packages = sorted({path.parent for path in root.rglob("*.py")})
+    counts = {package: len(list(package.glob("[!_]*.py"))) for package in packages}
+    return [f"{place(p)}: {n} files" for p, n in counts.items() if n > MAX_FILES_A_PACKAGE]
+
+
+def test_files_are_short() -> None:
+    assert long_files(python_files()) == []
+
+
+def test_functions_are_short() -> None:
+    assert long_functions(python_files("dsv2_train", "benchmarks")) == []
+
+
+def test_packages_are_not_crowded() -> None:
+    assert crowded_packages(PACKAGE) == []
+
+
+def test_the_whole_is_readable() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in python_files("dsv2_train")) < (
+        MAX_PACKAGE_LINES
+    )
+
+
+def test_what_is_too_large_is_found(tmp_path: Path) -> None:
+    for number in range(MAX_FILES_A_PACKAGE + 1):
+        (tmp_path / f"f{number}.py").write_text("x = 1\n")
+    long_function = "def f() -> None:\n" + "    pass\n" * MAX_FUNCTION_LINES
+    (tmp_path / "f0.py").write_text("x = 1\n" * (MAX_FILE_LINES + 1))
+    (tmp_path / "f1.py").write_text(long_function)
+    assert len(crowded_packages(tmp_path)) == 1
+    assert long_files(iter(tmp_path.glob("*.py"))) == [f"{tmp_path / 'f0.py'}: 401 lines"]
+    assert long_functions(iter([tmp_path / "f1.py"])) == [f"{tmp_path / 'f1.py'}:1: f has 81 lines"]
