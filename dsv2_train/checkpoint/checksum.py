@@ -16,7 +16,7 @@ from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _COLUMNS = 1 << 14
-_ROWS_AT_ONCE = 16
+_ROWS_AT_ONCE = 4
 
 
 def splitmix64(index: int) -> int:
@@ -50,6 +50,7 @@ def tensor_checksum(data: Tensor, offset: int = 0) -> int:
     """
     words = _as_words(data)
     start = offset * (words.numel() // max(1, data.numel()))
+    scratch = words.new_empty(min(words.numel(), _ROWS_AT_ONCE * _COLUMNS), dtype=torch.int64)
     total = 0
     done = 0
     while done < words.numel():
@@ -59,12 +60,13 @@ def tensor_checksum(data: Tensor, offset: int = 0) -> int:
             num_rows, num_columns = 1, min(left, _COLUMNS - column)
         else:
             num_rows, num_columns = min(left // _COLUMNS, _ROWS_AT_ONCE), _COLUMNS
-        end = done + num_rows * num_columns
-        block = words[done:end].view(num_rows, num_columns).to(torch.int64)
-        block *= _column_keys(words.device)[column : column + num_columns]
-        for index, row_sum in enumerate(block.sum(dim=1).tolist(), start=row):
+        size = num_rows * num_columns
+        block = words[done : done + size].view(num_rows, num_columns)
+        keys = _column_keys(words.device)[column : column + num_columns]
+        products = torch.mul(block, keys, out=scratch[:size].view(num_rows, num_columns))
+        for index, row_sum in enumerate(products.sum(dim=1).tolist(), start=row):
             total += _row_key(index) * row_sum
-        done = end
+        done += size
     return total & _MASK
 
 

@@ -9,7 +9,7 @@ import io
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ _STORAGE_KEY = "0"
 _PICKLE_PROTOCOL = 2  # the newest that torch.load(weights_only=True) accepts
 
 
+@lru_cache(maxsize=4096)
 def stream_header(dtype: torch.dtype, numel: int) -> bytes:
     """Bytes that make a 1-D tensor of the bytes that follow them.
 

@@ -6,6 +6,7 @@ instead: the index is a pickle, and loading a checkpoint must not run code from 
 
 import pickle
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -30,12 +31,18 @@ def metadata_bytes(written: Iterable[tuple[str, Range, WrittenPiece]]) -> bytes:
     tensors: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for file, part, place in written:
+        if part.numel == 0:
+            continue
         offsets, sizes = torch.Size([part.offset]), torch.Size([part.numel])
-        properties = TensorProperties(dtype=getattr(torch, part.dtype))
-        whole = TensorStorageMetadata(properties, torch.Size([whole_numel(part)]), [])
+        whole = TensorStorageMetadata(_properties(part.dtype), torch.Size([whole_numel(part)]), [])
         tensor = tensors.setdefault(part.key, whole)
         index = MetadataIndex(part.key, offsets, len(tensor.chunks))
         tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
         storage[index] = _StorageInfo(file, place.start, place.end - place.start)
     names = {key: (key,) for key in tensors}
     return pickle.dumps(Metadata({**tensors}, names, storage))
+
+
+@cache
+def _properties(dtype: str) -> TensorProperties:
+    return TensorProperties(dtype=getattr(torch, dtype))

@@ -58,7 +58,8 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> tuple[FileEntry, list[W
 
 def _write_piece(file: "_File", piece: Piece) -> WrittenPiece:
     start = file.size_bytes
-    file.append(stream_header(piece.data.dtype, piece.data.numel()))
+    if piece.data.numel():
+        file.append(stream_header(piece.data.dtype, piece.data.numel()))
     byte_offset = file.size_bytes
     checksums = []
     for offset, block in _blocks(piece):
@@ -69,21 +70,21 @@ def _write_piece(file: "_File", piece: Piece) -> WrittenPiece:
 
 def _blocks(piece: Piece) -> Iterator[tuple[int, Tensor]]:
     data = piece.data.detach()
-    offset = piece.offset
-    for block in torch.split(data, _BLOCK_BYTES // data.element_size()):
-        yield offset, block.cpu()
-        offset += block.numel()
+    numel = _BLOCK_BYTES // data.element_size()
+    for start in range(0, data.numel(), numel):
+        yield piece.offset + start, data[start : start + numel].cpu()
 
 
 class _File:
-    """A file that is appended to by a thread, while the caller works on the checksums."""
+    """A file that a thread appends to and another takes the CRC-32 of, behind the caller."""
 
     def __init__(self, path: Path) -> None:
         self.size_bytes = 0
         self.crc32 = 0
         self._small = bytearray()
         self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        self._thread = ThreadPoolExecutor(1)
+        self._writer = ThreadPoolExecutor(1)
+        self._hasher = ThreadPoolExecutor(1)
         self._in_flight: deque[Future[None]] = deque()
 
     def __enter__(self) -> "_File":
@@ -106,10 +107,13 @@ class _File:
             self._small = bytearray()
 
     def _submit(self, data: bytes | bytearray | memoryview) -> None:
-        self._in_flight.append(self._thread.submit(_write_all, self._descriptor, data))
-        self.crc32 = zlib.crc32(data, self.crc32)
-        while len(self._in_flight) > _BLOCKS_IN_FLIGHT:
+        self._in_flight.append(self._writer.submit(_write_all, self._descriptor, data))
+        self._in_flight.append(self._hasher.submit(self._hash, data))
+        while len(self._in_flight) > 2 * _BLOCKS_IN_FLIGHT:
             self._in_flight.popleft().result()
+
+    def _hash(self, data: bytes | bytearray | memoryview) -> None:
+        self.crc32 = zlib.crc32(data, self.crc32)
 
     def __exit__(
         self,
@@ -120,11 +124,12 @@ class _File:
         try:
             if error is None:
                 self._flush_small()
-                for write in self._in_flight:
-                    write.result()
+                for work in self._in_flight:
+                    work.result()
                 os.fsync(self._descriptor)
         finally:
-            self._thread.shutdown(cancel_futures=True)
+            self._writer.shutdown(cancel_futures=True)
+            self._hasher.shutdown(cancel_futures=True)
             os.close(self._descriptor)
 
 

@@ -146,4 +146,4 @@ def test_memory_is_bounded() -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         tensor_checksum(tensor)
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest <= 16 * COLUMNS * 8, "one block of 16 rows of int64"
+    assert largest <= 4 * COLUMNS * 8, "four rows of int64"

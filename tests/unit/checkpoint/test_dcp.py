@@ -62,8 +62,18 @@ def test_a_dtype_without_a_name_is_refused() -> None:
         stream_header(torch.complex64, 3)
 
 
+def with_empty_pieces(values: dict[str, Tensor]) -> list[Piece]:
+    """Like a rank that owns nothing of a tensor, where another rank's range begins."""
+    empty = [
+        Piece(key, tuple(value.shape), offset, value.view(-1)[:0])
+        for key, value in values.items()
+        for offset in (0, 7)
+    ]
+    return [*halves(values), *empty]
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("cut", [whole, halves])
+@pytest.mark.parametrize("cut", [whole, halves, with_empty_pieces])
 def test_torchs_own_reader_reads_our_files(
     tmp_path: Path, cut: Callable[[dict[str, Tensor]], list[Piece]]
 ) -> None:

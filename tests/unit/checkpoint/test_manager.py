@@ -2,12 +2,17 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from dsv2_train.checkpoint import folder, layout
@@ -91,6 +96,42 @@ def test_restores_in_other_pieces_than_were_saved(manager: CheckpointManager, sa
     assert equal(loaded, tensors())
 
 
+def cut(data: Tensor, edges: list[int]) -> list[Piece]:
+    bounds = sorted({0, data.numel(), *(min(edge, data.numel()) for edge in edges)})
+    return [
+        Piece("weight/a", (data.numel(),), first, data[first:last])
+        for first, last in pairwise(bounds)
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    numel=st.integers(1, 40),
+    written=st.lists(st.integers(0, 40), max_size=5),
+    read=st.lists(st.integers(0, 40), max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8]),
+)
+def test_any_cut_reads_any_cut(
+    numel: int, written: list[int], read: list[int], dtype: torch.dtype
+) -> None:
+    data = torch.arange(numel).to(dtype)
+    with tempfile.TemporaryDirectory() as name:
+        manager = CheckpointManager(Path(name), 1)
+        manager.save(STATE, cut(data, written), CONFIG)
+        loaded = torch.zeros_like(data)
+        assert manager.restore(cut(loaded, read)) == STATE
+    assert torch.equal(loaded, data)
+
+
+def test_memory_beside_the_state_is_bounded(manager: CheckpointManager) -> None:
+    values = {"weight/large": torch.ones(6 << 20)}
+    with torch.profiler.profile(profile_memory=True) as profile:
+        manager.save(STATE, pieces_of(values), CONFIG)
+        manager.restore(pieces_of(values))
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 1 << 20, "of 24 MiB of state; the checksum works in blocks of 512 KiB"
+
+
 def test_empty_pieces_are_no_trouble(manager: CheckpointManager) -> None:
     values = {"weight/none": torch.zeros(0, 3), "weight/a": torch.ones(4)}
     empty = Piece("weight/a", (4,), 2, torch.zeros(0))
@@ -151,20 +192,39 @@ def test_a_crash_before_the_marker_is_ignored_and_made_good(
     assert equal(loaded, tensors(seed=1))
 
 
-@pytest.mark.parametrize("name", ["_write", "_sync_folder", "publish"])
-def test_a_failing_save_leaves_the_last_checkpoint(
-    manager: CheckpointManager, saved: Path, name: str, monkeypatch: pytest.MonkeyPatch
+def test_a_save_that_fails_at_any_moment_leaves_the_last_checkpoint(
+    manager: CheckpointManager, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    later = replace(STATE, step=200)
+    calls = iter(range(1000))
+    write, sync = folder._write, folder._sync_folder
 
-    with monkeypatch.context() as patch:
-        patch.setattr(folder, name, full)
-        with pytest.raises(CheckpointError, match="No space left on device"):
-            manager.save(replace(STATE, step=200), pieces_of(tensors(seed=1)), CONFIG)
-    loaded = blank()
-    assert manager.restore(pieces_of(loaded)) == STATE
-    assert equal(loaded, tensors())
+    def failing(function: Callable[..., Any], moment: int) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            if next(calls) == moment:
+                raise OSError(28, "No space left on device")
+            return function(*args)
+
+        return wrapped
+
+    outcomes = []
+    for moment in range(9):
+        calls = iter(range(1000))
+        with monkeypatch.context() as patch:
+            patch.setattr(folder, "_write", failing(write, moment))
+            patch.setattr(folder, "_sync_folder", failing(sync, moment))
+            try:
+                manager.save(later, pieces_of(tensors(seed=1)), CONFIG)
+                outcomes.append("saved")
+            except CheckpointError as error:
+                assert "No space left on device" in str(error)
+                outcomes.append("failed")
+        loaded = blank()
+        state = manager.restore(pieces_of(loaded))
+        assert state in (STATE, later)
+        assert equal(loaded, tensors(seed=0 if state == STATE else 1))
+        assert state == later or moment < 7, "only the sync after the marker may come too late"
+    assert outcomes == ["failed"] * 8 + ["saved"], "every file and folder is synced"
 
 
 def test_all_differences_are_listed(manager: CheckpointManager, saved: Path) -> None:
