@@ -18,6 +18,7 @@ Rows = Sequence[dict[str, float]]
 
 _TRAIN_COLOR, _EVAL_COLOR, _LR_COLOR = "#3b6ea5", "#d1495b", "#5b8c5a"
 _SCALES = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+_MOST_COLUMNS = 1000  # of the map of layers: more than a picture has room for
 
 
 def draw_plots(metrics_path: Path, folder: Path, title: str) -> list[Path]:
@@ -55,8 +56,8 @@ def _loss_figure(rows: Rows, title: str) -> Figure:
         ("train/loss", {"color": _TRAIN_COLOR, "linewidth": 1.2, "label": "train"}),
         ("eval/loss", {"color": _EVAL_COLOR, "marker": "o", "label": "evaluation"}),
     ):
-        points = _with(rows, key)
-        top.plot(_tokens(points, scale), [row[key] for row in points], **style)
+        if points := _with(rows, key):
+            top.plot(_tokens(points, scale), [row[key] for row in points], **style)
     _mark_last(top, rows, scale)
     top.set_title(title, loc="left")
     top.set_ylabel(f"loss ({metric_of('train/loss').unit})")
@@ -77,6 +78,7 @@ def _load_figure(rows: Rows, title: str) -> Figure:
     key = "moe/expert_load_max_over_mean"
     scale, axis_label = _token_axis(rows)
     points = _with(rows, key)
+    points = points[:: math.ceil(len(points) / _MOST_COLUMNS)]
     layers = sorted({idx for idx in map(layer_of, points[-1]) if idx is not None})
     grid = [[row.get(layer_key(key, idx), math.nan) for row in points] for idx in layers]
     ranks = range(len(layers))
@@ -86,7 +88,7 @@ def _load_figure(rows: Rows, title: str) -> Figure:
         shown = range(0, len(layers), math.ceil(len(layers) / 12))
         top.set_yticks(list(shown), [str(layers[rank]) for rank in shown])
     top.set_ylabel("layer")
-    top.set_title(title, loc="left")
+    top.set_title(f"{title}: expert load", loc="left")
     worst = [row[key] for row in points]
     bottom.plot(_tokens(points, scale), worst, color=_TRAIN_COLOR, label="expert, worst layer")
     device_key = "moe/device_load_max_over_mean"

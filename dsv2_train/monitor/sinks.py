@@ -54,6 +54,7 @@ class ConsoleSink:
         self._total_steps = total_steps
         self._now = now
         self._first: tuple[float, float] | None = None
+        self._latest: dict[str, float] = {}
         self._bar = Group()
         self._live: Live | None = None
 
@@ -70,7 +71,8 @@ class ConsoleSink:
             line.add_column(ratio=1)
             line.add_column(no_wrap=True)
             line.add_row(counter, ProgressBar(self._total_steps, step), f"eta {time_left}")
-            self._bar = Group(line, Text(words, style="dim"))
+            self._latest |= row
+            self._bar = Group(line, Text(console_words(self._latest), style="dim"))
             self._started_live().refresh()
 
     def message(self, what: RenderableType) -> None:
@@ -109,7 +111,7 @@ class ConsoleSink:
 
 
 class WandbSink:
-    """One wandb run per training run; a resumed run goes on under the same id.
+    """One wandb run per training run, one at a time in a process; a resume goes on under its id.
 
     wandb drops a step that does not increase, which a resumed run repeats: its own step is left to
     it, and `step` is the x axis of every metric.
@@ -143,6 +145,7 @@ class WandbSink:
         import wandb  # noqa: PLC0415
 
         self._warn = warn
+        self._teardown: Callable[[], object] = wandb.teardown
         self._errors = (OSError, wandb.errors.Error)
         settings = wandb.Settings(
             silent=True,
@@ -199,6 +202,7 @@ class WandbSink:
             return
         try:
             self._run.finish()
+            self._teardown()  # what `finish` leaves to be written in the background is on disk now
         except self._errors as error:
             self._warn(f"wandb: could not finish the run ({error})")
         self._run = None

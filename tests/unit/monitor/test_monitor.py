@@ -1,0 +1,94 @@
+"""The monitor as the loop sees it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv2_train.config.sections.monitor import MonitorConfig
+from dsv2_train.monitor.monitor import Monitor
+from dsv2_train.monitor.rows import read_rows
+from tests.unit.monitor.wandb_file import read_history
+
+QUIET = MonitorConfig(wandb="disabled")
+
+
+def start(
+    folder: Path,
+    config: MonitorConfig = QUIET,
+    first_step: int = 0,
+    wandb_run_id: str | None = None,
+) -> Monitor:
+    return Monitor(config, folder, 40, first_step, wandb_run_id, {"run": {"name": folder.name}})
+
+
+def record(monitor: Monitor, step: int, **metrics: float) -> None:
+    monitor.record({"train/loss": 5.0, **metrics}, step, 16 * step, 4096 * step)
+
+
+def test_row_goes_to_every_sink(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = start(tmp_path / "run", MonitorConfig(wandb="offline"))
+    record(monitor, 10)
+    monitor.close()
+    row = {"step": 10, "consumed_samples": 160, "consumed_tokens": 40960, "train/loss": 5.0}
+    assert read_rows(tmp_path / "run" / "metrics.jsonl") == [row]
+    assert monitor.wandb_folder is not None
+    assert monitor.wandb_is_offline
+    assert read_history(monitor.wandb_folder) == [row]
+    assert capsys.readouterr().out == "step 10/40  loss 5.0000  eta ?\n"
+
+
+def test_undeclared_key_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    monitor = start(tmp_path)
+    with pytest.raises(ValueError, match="train/los'"):
+        record(monitor, 10, **{"train/los": 1.0})
+    monitor.close()
+    assert read_rows(monitor.metrics_path) == []
+
+
+def test_resume_goes_on_from_the_restored_step_and_says_what_moved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = start(tmp_path)
+    for step in (10, 20, 30):
+        record(first, step)
+    first.close()
+    capsys.readouterr()
+    second = start(tmp_path, first_step=20)
+    record(second, 30)
+    second.close()
+    assert [row["step"] for row in read_rows(second.metrics_path)] == [10, 20, 30]
+    aside = tmp_path / "logs" / "metrics_after_step_00000020_1.jsonl"
+    assert [row["step"] for row in read_rows(aside)] == [30]
+    assert f"rows after step 20 moved to {aside}\n" in capsys.readouterr().out
+
+
+def test_wandb_id_survives_a_session_with_wandb_disabled(tmp_path: Path) -> None:
+    monitor = start(tmp_path, wandb_run_id="abcd1234")
+    monitor.close()
+    assert monitor.wandb_run_id == "abcd1234"
+    assert monitor.wandb_folder is None
+    assert not monitor.wandb_is_offline
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_plots_and_messages_are_possible_after_close(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = start(tmp_path)
+    for step in (10, 20):
+        record(monitor, step)
+    monitor.close()
+    monitor.close()
+    assert monitor.draw_plots() == [tmp_path / "plots" / "loss.png"]
+    monitor.message("done")
+    assert capsys.readouterr().out.endswith("done\n")
+
+
+def test_importing_the_monitor_is_cheap() -> None:
+    code = (
+        "import sys, dsv2_train.monitor.monitor, dsv2_train.monitor.report; "
+        "sys.exit(bool({'wandb', 'matplotlib', 'torch'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
