@@ -69,7 +69,7 @@ def main() -> int:
     """Entry of `python -m dsv2_train.cli.train`."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    return run(parser.parse_args())
+    return run(parser.parse_args()) or 0
 
 
 if __name__ == "__main__":

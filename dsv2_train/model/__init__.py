@@ -1,0 +1,1 @@
+"""The model: DeepSeek-V2 in megatron-core's slots."""

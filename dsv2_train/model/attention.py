@@ -1,51 +1,64 @@
-"""The softmax part of multi-head latent attention, for megatron-core's MLA layer."""
+"""Multi-head latent attention (DeepSeek-V2, section 2.1) in megatron-core's slot for it."""
 
 from typing import Any
 
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
 from dsv2_train.ops.attention import causal_attention
+from dsv2_train.ops.latent_heads import latent_heads
 
 
-class CausalCoreAttention(nn.Module):
-    """Causal attention over q/k heads of one width and v heads of another.
+class NoCoreAttention(nn.Module):
+    """Fills megatron-core's slot for the softmax part, which `LatentAttention` computes itself."""
 
-    Replaces megatron-core 0.16.1's local `DotProductAttention`, which refuses the two widths that
-    MLA passes (`k_channels`, `v_channels`). The mask is always causal: DeepSeek-V2 packs documents
-    without masking them from each other.
+    def __init__(self, **_unused: Any) -> None:
+        super().__init__()
+
+
+class LatentAttention(MLASelfAttention):
+    """megatron-core 0.16.1's MLA modules with our computation between them.
+
+    Its local `DotProductAttention` refuses MLA's two head widths, and its assembly of query and key
+    copies each of them several times. Attention is causal over the whole sample: documents in it
+    are not masked from each other (the paper names no mask).
     """
 
-    def __init__(
-        self, config: TransformerConfig, *, softmax_scale: float, **_unused: Any
-    ) -> None:
-        super().__init__()
-        self.softmax_scale = softmax_scale
-
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        attn_mask_type: AttnMaskType | None = None,
-        packed_seq_params: object | None = None,
-    ) -> Tensor:
-        """Attend.
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """Attend (equations 37 to 47).
 
         Args:
-            query: [s, b, heads, qk_head_dim].
-            key: [s, b, heads, qk_head_dim].
-            value: [s, b, heads, v_head_dim].
+            hidden_states: [s, b, hidden_size], normalised.
             attention_mask: must be None; causality needs no mask tensor.
-            attn_mask_type: megatron-core's wish, must be causal where given.
-            packed_seq_params: must be None.
+            unused: what megatron-core passes for inference and packing; must all be None.
 
         Returns:
-            [s, b, heads * v_head_dim].
+            [s, b, hidden_size] and no bias.
         """
-        assert attention_mask is None and packed_seq_params is None
-        assert attn_mask_type in (None, AttnMaskType.causal)
-        return causal_attention(query, key, value, self.softmax_scale)
+        assert attention_mask is None
+        assert all(value is None for value in unused.values()), unused
+        config = self.config
+        head_shape = (*hidden_states.shape[:2], config.num_attention_heads, -1)
+        latents, _ = self.linear_kv_down_proj(hidden_states)
+        kv_latent, k_rope = latents.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
+        kv, _ = self.linear_kv_up_proj(self.kv_layernorm(kv_latent))
+        cos, sin = self._rotation(hidden_states.size(0))
+        query, key, value = latent_heads(
+            self._query(hidden_states).view(head_shape), kv.view(head_shape), k_rope, cos, sin
+        )
+        output, _ = self.linear_proj(causal_attention(query, key, value, self.softmax_scale))
+        return output, None
+
+    def _query(self, hidden_states: Tensor) -> Tensor:
+        if self.config.q_lora_rank is None:
+            return self.linear_q_proj(hidden_states)[0]
+        latent, _ = self.linear_q_down_proj(hidden_states)
+        return self.linear_q_up_proj(self.q_layernorm(latent))[0]
+
+    def _rotation(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [length, qk_rope_head_dim / 2], YaRN's factor included."""
+        angles, factor = self.rotary_pos_emb(length)
+        angles = angles[:, 0, 0, : angles.size(-1) // 2]
+        return angles.cos() * factor, angles.sin() * factor

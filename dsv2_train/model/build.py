@@ -3,17 +3,17 @@
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed.sharding import GlobalTensor, tag
+from dsv2_train.model.gpt import DeepSeekV2Model
 from dsv2_train.model.implementation import Choice
 from dsv2_train.model.initialize import initialize
 from dsv2_train.model.layer_spec import block_spec
+from dsv2_train.model.linears import replace_linears
 from dsv2_train.model.transformer_config import build_transformer_config
-
 
 
 def build_model(
@@ -21,7 +21,7 @@ def build_model(
     groups: ProcessGroupCollection,
     choices: dict[str, Choice],
     device: torch.device,
-) -> GPTModel:
+) -> DeepSeekV2Model:
     """Build, tag and initialize this rank's pipeline stage.
 
     Args:
@@ -40,9 +40,9 @@ def build_model(
     transformer = build_transformer_config(config.model, config.parallel, config.recipe)
     transformer.use_cpu_initialization = device.type != "cuda"
     with torch.device(device):
-        model = GPTModel(
+        model = DeepSeekV2Model(
             config=transformer,
-            transformer_layer_spec=block_spec(config.model, choices, layers),
+            transformer_layer_spec=block_spec(config.model, choices, layers, groups),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.recipe.sequence_length,
             pre_process=stage == 0,
@@ -50,6 +50,7 @@ def build_model(
             position_embedding_type="none",
             pg_collection=groups,
         )
+    replace_linears(model)
     tag_parameters(model, first_layer, groups.ep.rank(), groups.ep.size())
     if device.type != "meta":
         initialize(model, config.run.seed, config.model.init_std)

@@ -3,11 +3,11 @@
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import (
     MLASelfAttention,
     MLASelfAttentionSubmodules,
@@ -20,15 +20,20 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from dsv2_train.config.sections.model import ModelConfig
-from dsv2_train.model.attention import CausalCoreAttention
+from dsv2_train.model.attention import LatentAttention, NoCoreAttention
 from dsv2_train.model.implementation import Choice
+from dsv2_train.model.mlp import GatedMLP, SharedExperts
 from dsv2_train.model.moe.experts import GroupedExperts
+from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.model.moe.router import DeviceLimitedRouter
 from dsv2_train.model.norms import RMSNorm
 
 
 def block_spec(
-    model: ModelConfig, choices: dict[str, Choice], layers: range
+    model: ModelConfig,
+    choices: dict[str, Choice],
+    layers: range,
+    groups: ProcessGroupCollection,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the final norm.
 
@@ -36,10 +41,13 @@ def block_spec(
         model: dense layers come first, then mixtures of experts.
         choices: which code serves each op.
         layers: the stage's layers by their index in the whole model.
+        groups: the rank's process groups; megatron-core hands them only to classes it knows.
     """
     classes = _Classes(choices)
+    dense = _dense_mlp(model, classes, groups)
+    mixture = _mixture(classes, choices["experts"], groups)
     specs = [
-        _layer(model, classes, dense=index < model.num_dense_layers, choices=choices)
+        _layer(model, classes, dense if index < model.num_dense_layers else mixture)
         for index in layers
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=classes.norm)
@@ -49,9 +57,11 @@ class _Classes:
     """The class for each kind of module, from the choices."""
 
     def __init__(self, choices: dict[str, Choice]) -> None:
-        self.column, self.row = ColumnParallelLinear, RowParallelLinear
+        self.column: Any = ColumnParallelLinear
+        self.row: Any = RowParallelLinear
         self.norm: Any = RMSNorm
-        self.core_attention: Any = CausalCoreAttention
+        self.attention: Any = LatentAttention
+        self.core_attention: Any = NoCoreAttention
         if not any(choice.implementation == "transformer_engine" for choice in choices.values()):
             return
         # Optional package: importable only where transformer-engine is installed.
@@ -62,12 +72,10 @@ class _Classes:
         if choices["norm"].implementation == "transformer_engine":
             self.norm = te.TENorm
         if choices["attention"].implementation == "transformer_engine":
-            self.core_attention = te.TEDotProductAttention
+            self.attention, self.core_attention = MLASelfAttention, te.TEDotProductAttention
 
 
-def _layer(
-    model: ModelConfig, classes: _Classes, *, dense: bool, choices: dict[str, Choice]
-) -> ModuleSpec:
+def _layer(model: ModelConfig, classes: _Classes, mlp: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -75,7 +83,7 @@ def _layer(
             self_attention=_attention(model, classes),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=classes.norm,
-            mlp=_dense_mlp(model, classes) if dense else _mixture(classes, choices["experts"]),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -83,7 +91,7 @@ def _layer(
 
 def _attention(model: ModelConfig, classes: _Classes) -> ModuleSpec:
     return ModuleSpec(
-        module=MLASelfAttention,
+        module=classes.attention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=classes.column,
@@ -109,23 +117,22 @@ def _mlp_submodules(classes: _Classes) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=classes.column, linear_fc2=classes.row)
 
 
-def _dense_mlp(model: ModelConfig, classes: _Classes) -> ModuleSpec:
+def _dense_mlp(model: ModelConfig, classes: _Classes, groups: ProcessGroupCollection) -> ModuleSpec:
     return ModuleSpec(
-        module=MLP,
-        params={"ffn_hidden_size": model.intermediate_size},
+        module=GatedMLP,
+        params={"ffn_hidden_size": model.intermediate_size, "tp_group": groups.tp},
         submodules=_mlp_submodules(classes),
     )
 
 
-def _mixture(classes: _Classes, experts: Choice) -> ModuleSpec:
+def _mixture(classes: _Classes, experts: Choice, groups: ProcessGroupCollection) -> ModuleSpec:
     implementation = {"implementation": experts.implementation}
     return ModuleSpec(
-        module=MoELayer,
+        module=MixtureOfExperts,
+        params={"pg_collection": groups},
         submodules=MoESubmodules(
             router=DeviceLimitedRouter,
             experts=ModuleSpec(module=GroupedExperts, params=implementation),
-            shared_experts=ModuleSpec(
-                module=SharedExpertMLP, submodules=_mlp_submodules(classes)
-            ),
+            shared_experts=ModuleSpec(module=SharedExperts, submodules=_mlp_submodules(classes)),
         ),
     )

@@ -4,6 +4,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from dsv2_train.ops.rms_norm import rms_norm
+
 
 class RMSNorm(nn.Module):
     """`weight * cast(x / sqrt(mean(x^2) + eps))`, statistics in fp32 (fp64 for fp64 input).
@@ -29,5 +31,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> same shape and dtype."""
-        normed = nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        normed = rms_norm(x, self.weight, self.eps)
         return normed if self.scale == 1.0 else normed * self.scale

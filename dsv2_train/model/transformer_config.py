@@ -42,7 +42,7 @@ def build_transformer_config(
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         ffn_hidden_size=model.intermediate_size,
-        q_lora_rank=model.q_lora_rank,  # type: ignore[arg-type]
+        q_lora_rank=model.q_lora_rank,
         kv_lora_rank=model.kv_lora_rank,
         qk_head_dim=model.qk_nope_head_dim,
         qk_pos_emb_head_dim=model.qk_rope_head_dim,
@@ -89,7 +89,7 @@ def build_transformer_config(
         context_parallel_size=parallel.cp,
         pipeline_model_parallel_size=parallel.pp,
         expert_model_parallel_size=parallel.ep,
-        pipeline_model_parallel_layout=_stage_layout(model, parallel),  # type: ignore[arg-type]
+        pipeline_model_parallel_layout=_stage_layout(model, parallel),
         num_device_groups=model.num_device_groups,
         num_limited_devices=model.num_limited_devices,
         expert_balance_alpha=recipe.expert_balance_alpha,
@@ -110,5 +110,3 @@ def _stage_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
-
-

@@ -1,0 +1,1 @@
+"""The run: setup in journey order, the step, the loop."""

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.state import TrainState
@@ -15,7 +15,6 @@ from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.env import Env
 from dsv2_train.model.build import build_model
 from dsv2_train.model.implementation import Choice, choose
-from dsv2_train.model.moe.router import DeviceLimitedRouter
 from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.monitor.report import StartUp, start_up_table
 from dsv2_train.optim.adam import choose_adam
@@ -49,6 +48,8 @@ def build_run(config: RunConfig, env: Env) -> Run:
     Note:
         Collective over all ranks.
     """
+    if env.rank == 0:
+        verify(Path(config.data.path))
     choices = choose(config.parallel, env.device)
     groups = process_groups.build(config.parallel, TIMEOUT_S)
     model = build_model(config, groups, choices, env.device)
@@ -65,13 +66,11 @@ def build_run(config: RunConfig, env: Env) -> Run:
     schedule = Schedule(config.recipe, config.optim)
     clock = Clock(state.step, state.consumed_samples) if state else Clock()
     monitor = _monitor(config, env, schedule, state)
-    if monitor is not None:
-        verify(Path(config.data.path))
     run = Run(
         config=config,
         env=env,
         groups=groups,
-        world=dist.group.WORLD,
+        world=groups.intra_dist_opt,
         schedule=schedule,
         clock=clock,
         chunk=chunk,
@@ -81,11 +80,17 @@ def build_run(config: RunConfig, env: Env) -> Run:
         validation_split=_split(config, "validation"),
         checkpoints=checkpoints,
         monitor=monitor,
-        telemetry=_telemetry(config, monitor, model, groups.dp.size(), env.device),
+        telemetry=_telemetry(config, monitor, model, groups, env.device),
         signals=StopSignals(),
     )
     if monitor is not None:
-        monitor.message(start_up_table(_start_up(run, [*choices.values(), Choice("adam", adam.implementation, adam.reason)])))
+        monitor.message(
+            start_up_table(
+                _start_up(
+                    run, [*choices.values(), Choice("adam", adam.implementation, adam.reason)]
+                )
+            )
+        )
     return run
 
 
@@ -113,7 +118,7 @@ def _telemetry(
     config: RunConfig,
     monitor: Monitor | None,
     model: GPTModel,
-    dp_size: int,
+    groups: ProcessGroupCollection,
     device: torch.device,
 ) -> Telemetry:
     routers = {
@@ -121,7 +126,7 @@ def _telemetry(
         for layer in model.decoder.layers
         if hasattr(layer.mlp, "router")
     }
-    return Telemetry(config, monitor, routers, dist.group.WORLD, dp_size, device)
+    return Telemetry(config, monitor, routers, groups.intra_dist_opt, groups.dp.size(), device)
 
 
 def _start_up(run: Run, choices: list[Choice]) -> StartUp:

@@ -31,7 +31,9 @@ def train_step(run: Run, point: Point) -> StepResult:
         dp_rank=run.groups.dp.rank(),
         dp_size=run.groups.dp.size(),
     )
-    reported = forward_backward(run, run.telemetry.data(data), run.num_microbatches, forward_only=False)
+    reported = forward_backward(
+        run, run.telemetry.data(data), run.num_microbatches, forward_only=False
+    )
     update = run.optimizer.step(point.lr)
     return StepResult(loss=mean_loss(run, reported), grad_norm=update.grad_norm)
 

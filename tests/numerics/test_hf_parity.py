@@ -11,7 +11,9 @@ import torch
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
+from dsv2_train.model import attention
 from dsv2_train.model.moe import router, routing
+from dsv2_train.ops.latent_heads import latent_heads
 from tests.helpers.hf import write_folder
 from tests.helpers.model import build_on_cpu, logits_of, roughen
 from tests.helpers.tiny import tiny_config
@@ -47,7 +49,11 @@ SHAPES: dict[str, tuple[str, ...]] = {
     ),
     "two dense layers": ("model.num_dense_layers=2",),
     "yarn": YARN,
-    "yarn, two mscales, no query latent": (*YARN, "model.yarn.mscale=1.0", "model.q_lora_rank=null"),
+    "yarn, two mscales, no query latent": (
+        *YARN,
+        "model.yarn.mscale=1.0",
+        "model.q_lora_rank=null",
+    ),
 }
 
 
@@ -57,9 +63,7 @@ def _tokens(config: RunConfig) -> torch.Tensor:
     return torch.randint(config.model.vocab_size, shape, generator=generator)
 
 
-def _difference(
-    rank: int, config: RunConfig, broken: Break | None = None
-) -> float:
+def _difference(rank: int, config: RunConfig, broken: Break | None = None) -> float:
     """Largest logit difference over the logits' scale; `broken` is entered for our forward."""
     # Seconds to import, and only the ranks of this test need it.
     from transformers import DeepseekV2ForCausalLM  # noqa: PLC0415
@@ -90,13 +94,18 @@ def test_logits_equal_transformers(world: World, shape: str) -> None:
 @contextmanager
 def rotated_halves(model: torch.nn.Module) -> Iterator[None]:
     """Pair channel j with j + half instead of 2j with 2j + 1."""
-    for module in model.modules():
-        if hasattr(module, "linear_kv_up_proj"):
-            module.config.multi_latent_attention = False
-    yield
-    for module in model.modules():
-        if hasattr(module, "linear_kv_up_proj"):
-            module.config.multi_latent_attention = True
+    nope, rope = model.config.qk_head_dim, model.config.qk_pos_emb_head_dim
+    order = torch.arange(rope).view(-1, 2).t().flatten()
+
+    def halves(
+        q: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, *rotation: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        # Channels j and j + half stand beside each other before the rotation: other pairs turn.
+        q = torch.cat([q[..., :nope], q[..., nope:][..., order.argsort()]], dim=-1)
+        return latent_heads(q, kv, k_rope[..., order.argsort()], *rotation)
+
+    with mock.patch.object(attention, "latent_heads", halves):
+        yield
 
 
 @contextmanager

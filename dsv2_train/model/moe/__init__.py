@@ -1,0 +1,1 @@
+"""DeepSeekMoE: routing, balance losses, experts, the layer."""

@@ -5,7 +5,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from dsv2_train.model.transformer_config import DeepSeekV2TransformerConfig
-from dsv2_train.ops.grouped_experts import grouped_experts
+from dsv2_train.ops.grouped_experts import Implementation, grouped_experts
 
 
 class GroupedExperts(nn.Module):
@@ -21,7 +21,7 @@ class GroupedExperts(nn.Module):
         num_local_experts: int,
         config: DeepSeekV2TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
-        implementation: str = "loop",
+        implementation: Implementation = "loop",
     ) -> None:
         super().__init__()
         width, hidden = config.moe_ffn_hidden_size, config.hidden_size

@@ -99,7 +99,9 @@ class DeviceLimitedRouter(Router):
     @torch.no_grad()
     def _count(self, losses: BalanceLosses, selected: Tensor) -> None:
         self.expert_counts += selected.sum(dim=0)
-        self.balance_sums += torch.stack(
-            [losses.expert, losses.device, losses.communication]
-        ).detach().to(torch.float32)
+        self.balance_sums += (
+            torch.stack([losses.expert, losses.device, losses.communication])
+            .detach()
+            .to(torch.float32)
+        )
         self.num_microbatches += 1
