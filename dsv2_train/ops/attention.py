@@ -38,9 +38,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> T
     """
     if q.is_cuda:
         return _fused_attention(q, k, v, softmax_scale)
-    out: Tensor = _BlockedAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, softmax_scale
-    )
+    out: Tensor = _BlockedAttention.apply(q, k, v, softmax_scale)
     return out
 
 

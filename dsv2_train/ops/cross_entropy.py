@@ -36,9 +36,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         Softmax in fp32 at least. Keeps T V numbers for the backward pass, made in place of the
         logits, and nothing else of that size; the backward pass can run once. No communication.
     """
-    losses: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x.flatten(0, -2), weight, labels.flatten()
-    )
+    losses: Tensor = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, labels.flatten())
     return losses.view(labels.shape)
 
 

@@ -50,9 +50,7 @@ def grouped_experts(
     """
     assert x.size(-1) == fc1.size(-1) == fc2.size(-2) and fc1.size(-2) == 2 * fc2.size(-1)
     products = _Loop(tokens_per_expert) if implementation == "loop" else _Grouped(tokens_per_expert)
-    y: Tensor = _GroupedExperts.apply(  # type: ignore[no-untyped-call]
-        x, fc1, fc2, gate_values.unsqueeze(-1), products
-    )
+    y: Tensor = _GroupedExperts.apply(x, fc1, fc2, gate_values.unsqueeze(-1), products)
     return y
 
 

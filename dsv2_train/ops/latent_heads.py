@@ -29,9 +29,7 @@ def latent_heads(
         q and k [S, B, n, c + r], v [S, B, n, w]: views of memory in which a head's positions are
         consecutive, as attention reads them. Dtype of `q`; rotation in the wider of it and `cos`.
     """
-    heads: tuple[Tensor, Tensor, Tensor] = _LatentHeads.apply(  # type: ignore[no-untyped-call]
-        q, kv, k_rope, cos, sin
-    )
+    heads: tuple[Tensor, Tensor, Tensor] = _LatentHeads.apply(q, kv, k_rope, cos, sin)
     return heads
 
 

@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., b] in the dtype of `x`. No communication.
     """
-    y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(x, weight)
     return y
 
 

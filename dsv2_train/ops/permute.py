@@ -54,13 +54,13 @@ def row_plan(routing_map: Tensor) -> RowPlan:
 
 def permute(x: Tensor, plan: RowPlan) -> Tensor:
     """[T, h] tokens -> [R, h] rows: a copy for each assignment."""
-    rows: Tensor = _Permute.apply(x, plan)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Permute.apply(x, plan)
     return rows
 
 
 def unpermute(rows: Tensor, plan: RowPlan) -> Tensor:
     """[R, h] rows -> [T, h] tokens: the sum of each token's rows, by expert; zero without any."""
-    x: Tensor = _Unpermute.apply(rows, plan)  # type: ignore[no-untyped-call]
+    x: Tensor = _Unpermute.apply(rows, plan)
     return x
 
 

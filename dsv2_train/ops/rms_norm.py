@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         Statistics in fp32 at least; `x` is normalized and rounded to its dtype, then multiplied by
         the weight. Saves `x` and one number a row. No communication.
     """
-    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
 
 

@@ -18,7 +18,7 @@ def swiglu(projected: Tensor) -> Tensor:
     Returns:
         [..., f] in the dtype of `projected`, which is what is saved for the backward pass.
     """
-    activation: Tensor = _SwiGLU.apply(projected)  # type: ignore[no-untyped-call]
+    activation: Tensor = _SwiGLU.apply(projected)
     return activation
 
 

@@ -40,7 +40,9 @@ def routings(draw: st.DrawFn) -> tuple[torch.Tensor, int, int, int]:
 def test_selection_equals_the_reference(case: tuple[torch.Tensor, int, int, int]) -> None:
     affinities, groups, limit, top_k = case
     selected = select_experts(affinities, groups, limit, top_k)
-    assert selected.tolist() == [reference(row, groups, limit, top_k) for row in affinities.tolist()]
+    assert selected.tolist() == [
+        reference(row, groups, limit, top_k) for row in affinities.tolist()
+    ]
 
 
 def test_groups_are_chosen_by_their_best_expert() -> None:
