@@ -19,6 +19,8 @@ from typing import Any
 MAX_WORLD_SIZE = 4
 START_TIMEOUT_S = 300
 READY = b"ready"
+# Imported once, by the process that the workers are forked from.
+PRELOADED = ["dsv2_train.distributed.cpu_ranks", "dsv2_train.distributed.groups"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -66,7 +68,8 @@ class World:
         self._workers = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         for _ in range(MAX_WORLD_SIZE):
             ours, theirs = context.Pipe()
             process = context.Process(

@@ -1,0 +1,161 @@
+"""ZeRO-1: every rank updates its shards of the weights, then all ranks gather them (design: 8)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dsv2_train.config.sections.optim import OptimConfig
+from dsv2_train.distributed.collectives import all_sum
+from dsv2_train.distributed.sharding import Piece
+from dsv2_train.optim.adam import AdamChoice, make_adam, set_step
+from dsv2_train.optim.shards import Shard
+
+# Gradients are widened to fp64 this many elements at a time: few kernels, little memory.
+_NORM_BLOCK = 1 << 20
+# As in torch.nn.utils.clip_grad_norm_, so that a zero gradient is not divided by zero.
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update reports, on the device.
+
+    Attributes:
+        grad_norm: [] fp64, global norm before clipping; the same bits on every rank.
+    """
+
+    grad_norm: Tensor
+
+
+class ZeroOptimizer:
+    """AdamW over the shards of one rank; all methods that communicate say so."""
+
+    def __init__(
+        self,
+        chunks: list[DistributedDataParallel],
+        shards: list[Shard],
+        choice: AdamChoice,
+        config: OptimConfig,
+        world: ProcessGroup,
+    ) -> None:
+        self._chunks = chunks
+        self._shards = shards
+        self._world = world
+        self._clip_grad_norm = config.clip_grad_norm
+        self._adam_step = 0
+        self._norm_blocks = [
+            block for shard in shards for block in torch.split(shard.gradient, _NORM_BLOCK)
+        ]
+        for shard in shards:
+            moved = shard.master.device != shard.gradient.device
+            shard.master.grad = (
+                torch.empty_like(shard.master, pin_memory=True) if moved else shard.gradient
+            )
+        self._moved = [shard for shard in shards if shard.master.grad is not shard.gradient]
+        self._copied = [shard for shard in shards if shard.has_own_master]
+        self._adam = make_adam(
+            choice,
+            [
+                {"params": _masters(shards, decayed=True), "weight_decay": config.weight_decay},
+                {"params": _masters(shards, decayed=False), "weight_decay": 0.0},
+            ],
+            config,
+        )
+
+    @property
+    def adam_step(self) -> int:
+        """Updates made so far, on which Adam's bias correction depends."""
+        return self._adam_step
+
+    @adam_step.setter
+    def adam_step(self, step: int) -> None:
+        self._adam_step = step
+        set_step(self._adam, step)
+
+    def zero_grad(self) -> None:
+        """Zero the gradient buffers; before the first micro-batch of a step."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Update:
+        """Clip, update and gather, from gradients that are reduced.
+
+        Args:
+            lr: learning rate of this update.
+
+        Returns:
+            The global gradient norm before clipping.
+
+        Note:
+            Collective over all ranks: one all-reduce of one number, then the gathering of weights,
+            here or, with `overlap_param_gather`, from the next forward pass on. Scales the gradient
+            buffers in place. Nothing is read back to the host, unless AdamW runs there.
+        """
+        norm = self._grad_norm()
+        clip = (self._clip_grad_norm / (norm + _NORM_EPS)).clamp(max=1.0)
+        if self._shards:
+            torch._foreach_mul_([shard.gradient for shard in self._shards], clip.float())
+        self._bring_gradients_to_host()
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.step()
+        self._adam_step += 1
+        self._copy_masters_to_weights()
+        for chunk in self._chunks:
+            if not chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync()
+        return Update(grad_norm=norm)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The state this rank owns: over all ranks, every element of the model exactly once.
+
+        Keys: `weight/<name>` in model dtype; `master/<name>`, where it is memory of its own;
+        `exp_avg/<name>` and `exp_avg_sq/<name>`. No communication.
+        """
+        for shard in self._shards:
+            moments = self._adam.state[shard.master]
+            state = {"weight": shard.weight}
+            if shard.has_own_master:
+                state["master"] = shard.master
+            state["exp_avg"], state["exp_avg_sq"] = moments["exp_avg"], moments["exp_avg_sq"]
+            for kind, data in state.items():
+                place = shard.place
+                yield Piece(f"{kind}/{place.name}", place.shape, place.offset, data)
+
+    @torch.no_grad()
+    def after_load(self) -> None:
+        """Make the whole model what was loaded into `pieces()`. Collective over dp groups."""
+        self._copy_masters_to_weights()
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def _grad_norm(self) -> Tensor:
+        """[] fp64: every rank adds the squares of what it owns, so that nothing counts twice."""
+        weight = next(self._chunks[0].parameters())
+        squares = torch.zeros((), dtype=torch.float64, device=weight.device)
+        if self._norm_blocks:
+            norms = torch._foreach_norm(self._norm_blocks, 2, dtype=torch.float64)
+            squares += torch.stack(norms).square().sum()
+        return all_sum(squares, self._world).sqrt()
+
+    def _bring_gradients_to_host(self) -> None:
+        for shard in self._moved:
+            assert shard.master.grad is not None
+            shard.master.grad.copy_(shard.gradient, non_blocking=True)
+        if self._moved:
+            torch.cuda.synchronize()
+
+    def _copy_masters_to_weights(self) -> None:
+        if self._copied:
+            torch._foreach_copy_(
+                [shard.weight for shard in self._copied], [shard.master for shard in self._copied]
+            )
+
+
+def _masters(shards: list[Shard], *, decayed: bool) -> list[Tensor]:
+    return [shard.master for shard in shards if shard.decayed is decayed]
