@@ -62,7 +62,7 @@ class Launch:
                 f"  train longer: recipe.num_steps={2 * total}; train anew: run.name=another"
             )
         begins = "begins" if done is None else f"goes on after step {done}"
-        layout = f"PP {parallel.pp} x EP {parallel.ep} x DP {parallel.edp}"
+        layout = f"PP {parallel.pp}, DP {parallel.dp}, EP {parallel.ep}"
         lines = [f"run {name} {begins}: {total} steps, {parallel.world_size} ranks ({layout})"]
         if self.changes:
             lines += [f"changed since step {done}:", *(f"  {each}" for each in self.changes)]

@@ -23,7 +23,7 @@ def test_a_new_run_begins() -> None:
     launch = inspect(config())
     assert launch.saved_step is None
     assert not launch.is_finished
-    assert launch.describe() == "run r begins: 40 steps, 1 ranks (PP 1 x EP 1 x DP 1)"
+    assert launch.describe() == "run r begins: 40 steps, 1 ranks (PP 1, DP 1, EP 1)"
 
 
 def test_an_unfinished_run_goes_on() -> None:
