@@ -117,6 +117,16 @@ def test_damaged_bytes_move_aside_as_they_are(tmp_path: Path) -> None:
     assert [read["step"] for read in read_rows(path)] == [1, 3]
 
 
+def test_row_that_lacks_only_its_newline_moves_aside(tmp_path: Path) -> None:
+    # The next row would be appended to the same line.
+    path = tmp_path / "metrics.jsonl"
+    write(path, row(1), row(2)[:-1])
+    aside = keep_until(path, 5, tmp_path / "logs")
+    assert aside is not None
+    assert aside.read_text() == row(2)[:-1]
+    assert path.read_text() == row(1)
+
+
 def test_file_with_nothing_to_move_is_not_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert keep_until(path, 0, tmp_path) is None

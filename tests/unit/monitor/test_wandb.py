@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.monitor.sinks import WandbSink
-from tests.unit.monitor.wandb_file import read_history, read_records
+from tests.unit.monitor.wandb_file import read_history, read_records, wandb_processes
 
 # Each of these runs in a process of its own, since wandb keeps settings and login in the process.
 NO_SERVER = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
@@ -27,17 +27,15 @@ assert sink.is_offline and sink.run_id == "abcd1234", (sink.is_offline, sink.run
 print(sink.folder.name)
 """
 KILL_WANDB = """
-import os, signal, subprocess, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from dsv2_train.monitor import sinks
+from tests.unit.monitor.wandb_file import wandb_processes
 sink = sinks.WandbSink(
     Path(sys.argv[1]), "offline", project="p", run_id=None, config={}, warn=print
 )
-children = subprocess.run(
-    ["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True
-)
-(core,) = [line.split()[0] for line in children.stdout.splitlines() if "wandb-core" in line]
-os.kill(int(core), signal.SIGKILL)
+(core,) = wandb_processes()
+os.kill(core, signal.SIGKILL)
 for step in range(50):
     sink.record({"step": step, "train/loss": 5.0})
     time.sleep(0.02)
@@ -58,6 +56,7 @@ def run_alone(code: str, folder: Path, env: dict[str, str]) -> subprocess.Comple
     folder.mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     home = {"HOME": str(folder.parent), "NETRC": str(folder.parent / "netrc")}
+    home["PYTHONPATH"] = str(Path(__file__).parents[3])
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(folder)],
         env={**kept, **home, **env},
@@ -110,6 +109,13 @@ def test_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     assert second.run_id == first.run_id
     assert first.run_id in second.folder.name
     assert read_history(second.folder) == [{"step": 20}]
+
+
+def test_close_waits_for_the_process_that_writes(tmp_path: Path) -> None:
+    sink = start(tmp_path / "run")
+    assert len(wandb_processes()) == 1
+    sink.close()
+    assert wandb_processes() == []
 
 
 def test_two_new_runs_have_two_ids(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Reads what wandb wrote offline: records in the LevelDB log format, after 7 bytes of its own."""
+"""What wandb left: its processes, and its offline files (LevelDB log format after 7 bytes)."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ def read_records(folder: Path) -> list[Any]:
             records.append(Record.FromString(fragments))
             fragments = b""
     return records
+
+
+def wandb_processes() -> list[int]:
+    """Process ids of wandb's writers that this process started and that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # ended since it was listed
+            continue
+        state, parent = rest.split()[:2]
+        if name == "wandb-core" and parent == str(os.getpid()) and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
