@@ -57,7 +57,7 @@ def _check_all(combinations: Sequence[Sequence[str]]) -> list[Launch]:
     problems: dict[str, Problem] = {}
     for overrides in combinations:
         try:
-            launches.append(inspect(resolve(overrides, need_data=True)))
+            launches.append(inspect(resolve(overrides, need_data=True), overrides))
         except ConfigError as error:
             problems.update({str(problem): problem for problem in error.problems})
     folders = [str(launch.config.run.folder) for launch in launches]

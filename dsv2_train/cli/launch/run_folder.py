@@ -1,5 +1,6 @@
 """A run folder and what a launch does with it: begin, go on, or say that the run is finished."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +21,25 @@ class Launch:
 
     Attributes:
         config: what it is to do now.
-        saved_step: steps of its newest checkpoint; None without one.
+        checkpoint: its newest complete checkpoint; None without one.
         changes: what differs from the configuration of that checkpoint.
+        overrides: what the user gave; the same line goes on with the run.
     """
 
     config: RunConfig
-    saved_step: int | None
+    checkpoint: Path | None
     changes: tuple[Change, ...]
+    overrides: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return self.config.run.folder
+
+    @property
+    def saved_step(self) -> int | None:
+        """Steps of the newest checkpoint; None without one."""
+        return None if self.checkpoint is None else layout.step_of(self.checkpoint)
 
     @property
     def num_steps(self) -> int:
@@ -46,7 +54,9 @@ class Launch:
     @property
     def worker(self) -> Sequence[str]:
         """What torchrun runs on every rank."""
-        return ["-m", "dsv2_train.cli.train", "--config", str(self.folder / layout.CONFIG)]
+        config = ["--config", str(self.folder / layout.CONFIG)]
+        command = ["--command", shlex.join(["launch/local.sh", *self.overrides])]
+        return ["-m", "dsv2_train.cli.train", *config, *command]
 
     def next_log_dir(self) -> Path:
         """A new folder for what the ranks of this launch write."""
@@ -59,6 +69,7 @@ class Launch:
         if self.is_finished:
             return (
                 f"run {name} is finished: {done} of {total} steps, in {self.folder}\n"
+                f"  its checkpoint: {self.checkpoint}; its pictures: {self.folder / 'plots'}\n"
                 f"  train longer: recipe.num_steps={2 * total}; train anew: run.name=another"
             )
         begins = "begins" if done is None else f"goes on after step {done}"
@@ -88,8 +99,12 @@ class Launch:
             raise ConfigError([Problem("run.dir", self.config.run.dir, allowed)]) from error
 
 
-def inspect(config: RunConfig) -> Launch:
+def inspect(config: RunConfig, overrides: Sequence[str] = ()) -> Launch:
     """Hold a checked configuration against its run folder and against one node.
+
+    Args:
+        config: checked.
+        overrides: the command line it was composed from.
 
     Raises:
         ConfigError: if it needs more than one node, or would change what a saved run means.
@@ -108,7 +123,7 @@ def inspect(config: RunConfig) -> Launch:
     if problems:
         raise ConfigError(problems)
     saved_step = None if checkpoint is None else layout.step_of(checkpoint)
-    return Launch(config, saved_step, tuple(found))
+    return Launch(config, saved_step, tuple(found), tuple(overrides))
 
 
 def _numbered(folder: Path, prefix: str, suffix: str = "") -> Path:
