@@ -1,10 +1,12 @@
 import math
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv2_train.ops import cross_entropy
 from dsv2_train.ops.cross_entropy import linear_cross_entropy
 
 
@@ -20,7 +22,7 @@ def lose(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.T
 
 @settings(max_examples=20, deadline=None)
 @given(
-    num_positions=st.sampled_from([1, 3, 255, 256, 300]),
+    num_positions=st.integers(1, 9),
     num_samples=st.integers(1, 2),
     vocab_size=st.integers(1, 40),
 )
@@ -31,7 +33,9 @@ def test_equals_the_definition(num_positions: int, num_samples: int, vocab_size:
     labels = torch.randint(vocab_size, (num_positions, num_samples))
     share = torch.rand(num_positions, num_samples, dtype=torch.float64)
 
-    losses, expected = linear_cross_entropy(x, weight, labels), lose(x, weight, labels)
+    with mock.patch.object(cross_entropy, "_ROWS", 4):
+        losses = linear_cross_entropy(x, weight, labels)
+    expected = lose(x, weight, labels)
     # Logits of size up to ~10, a few roundings of 2^-53 each.
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-13)
     grads = torch.autograd.grad((losses * share).sum(), (x, weight))
