@@ -73,8 +73,10 @@ class Launch:
                 f"  train longer: recipe.num_steps={2 * total}; train anew: run.name=another"
             )
         begins = "begins" if done is None else f"goes on after step {done}"
-        layout = f"PP {parallel.pp}, DP {parallel.dp}, EP {parallel.ep}"
-        lines = [f"run {name} {begins}: {total} steps, {parallel.world_size} ranks ({layout})"]
+        ranks = (
+            f"{parallel.world_size} ranks (PP {parallel.pp}, DP {parallel.dp}, EP {parallel.ep})"
+        )
+        lines = [f"run {name} {begins}: {total} steps, {ranks}"]
         if self.changes:
             lines += [f"changed since step {done}:", *(f"  {each}" for each in self.changes)]
         return "\n".join(lines)
@@ -122,8 +124,7 @@ def inspect(config: RunConfig, overrides: Sequence[str] = ()) -> Launch:
         problems += refused(found, folder)
     if problems:
         raise ConfigError(problems)
-    saved_step = None if checkpoint is None else layout.step_of(checkpoint)
-    return Launch(config, saved_step, tuple(found), tuple(overrides))
+    return Launch(config, checkpoint, tuple(found), tuple(overrides))
 
 
 def _numbered(folder: Path, prefix: str, suffix: str = "") -> Path:
