@@ -8,7 +8,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dsv2_train.checkpoint.layout import latest_complete
 from dsv2_train.config.load import load_file
-from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import env as environment
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.monitor.report import Closing, closing_message
@@ -20,6 +19,9 @@ from dsv2_train.train.setup import TIMEOUT_S, build_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` reads."""
     parser.add_argument("--config", type=Path, required=True, help="a resolved config.yaml")
+    parser.add_argument(
+        "--command", default="launch/local.sh", help="the line that started the run, to show again"
+    )
 
 
 @record
@@ -32,13 +34,13 @@ def run(arguments: argparse.Namespace) -> int:
     env = environment.start(TIMEOUT_S)
     this_run = build_run(config, env)
     train(this_run)
-    _close(this_run)
+    _close(this_run, arguments.command)
     process_groups.destroy()
     environment.stop()
     return 0
 
 
-def _close(run: Run) -> None:
+def _close(run: Run, command: str) -> None:
     if run.monitor is None:
         return
     run.monitor.close()
@@ -50,19 +52,20 @@ def _close(run: Run) -> None:
         metrics=run.monitor.metrics_path,
         wandb_folder=run.monitor.wandb_folder,
         wandb_is_offline=run.monitor.wandb_is_offline,
-        commands=_next_commands(run.config, done=run.is_done),
+        commands=_next_commands(run, command),
     )
     run.monitor.message(closing_message(closing))
 
 
-def _next_commands(config: RunConfig, *, done: bool) -> list[tuple[str, str]]:
-    name, steps = config.run.name, config.recipe.num_steps
-    this = f"launch/local.sh experiment={name}"
-    longer = f"{this} recipe.num_steps={2 * steps}" if steps else this
-    resume = ("train longer", longer) if done else ("resume", this)
-    layout = f"{this} run.name={name}_pp4 parallel.pp=4 parallel.ep=1"
-    gpu = "launch/local.sh experiment=debug_1gpu"
-    return [resume, ("another layout", layout), ("on a GPU", gpu)]
+def _next_commands(run: Run, command: str) -> list[tuple[str, str]]:
+    """What a user does next, from the line that started this run."""
+    name = run.config.run.name
+    resume = ("resume", command)
+    if run.is_done:
+        resume = ("train longer", f"{command} recipe.num_steps={2 * run.schedule.num_steps}")
+    layout = f"{command} run.name={name}_pp4 parallel.pp=4 parallel.ep=1"
+    gpu = f"{command} run.name={name}_gpu parallel=single recipe.precision=bf16"
+    return [resume, ("another layout", layout), ("on one GPU", gpu)]
 
 
 def main() -> int:

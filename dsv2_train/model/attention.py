@@ -41,13 +41,12 @@ class LatentAttention(MLASelfAttention):
         assert all(value is None for value in unused.values()), unused
         config = self.config
         head_shape = (*hidden_states.shape[:2], config.num_attention_heads, -1)
+        query = self._query(hidden_states).view(head_shape)
         latents, _ = self.linear_kv_down_proj(hidden_states)
         kv_latent, k_rope = latents.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
         kv, _ = self.linear_kv_up_proj(self.kv_layernorm(kv_latent))
         cos, sin = self._rotation(hidden_states.size(0))
-        query, key, value = latent_heads(
-            self._query(hidden_states).view(head_shape), kv.view(head_shape), k_rope, cos, sin
-        )
+        query, key, value = latent_heads(query, kv.view(head_shape), k_rope, cos, sin)
         output, _ = self.linear_proj(causal_attention(query, key, value, self.softmax_scale))
         return output, None
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed.sharding import GlobalTensor, tag
-from dsv2_train.model.gpt import DeepSeekV2Model
+from dsv2_train.model.gpt import DeepSeekV2Model, OutputHead
 from dsv2_train.model.implementation import Choice
 from dsv2_train.model.initialize import initialize
 from dsv2_train.model.layer_spec import block_spec
@@ -51,6 +51,8 @@ def build_model(
             pg_collection=groups,
         )
     replace_linears(model)
+    if model.post_process:
+        model.output_layer = OutputHead(model.output_layer.weight)
     tag_parameters(model, first_layer, groups.ep.rank(), groups.ep.size())
     if device.type != "meta":
         initialize(model, config.run.seed, config.model.init_std)

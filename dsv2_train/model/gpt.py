@@ -3,9 +3,38 @@
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv2_train.ops.cross_entropy import linear_cross_entropy
+from dsv2_train.ops.linear import linear
+
+
+class OutputHead(nn.Module):
+    """The head and its loss in one module.
+
+    A module of its own, because the gathering of its weight is waited for before its forward pass.
+
+    Args:
+        weight: [vocab_size, hidden_size], taken over with its attributes.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Losses, or logits without labels.
+
+        Args:
+            x: [s, b, hidden_size], after the final norm.
+            labels: [s, b] int64.
+
+        Returns:
+            [s, b], or [s, b, vocab_size].
+        """
+        if labels is None:
+            return linear(x, self.weight)
+        return linear_cross_entropy(x, self.weight, labels)
 
 
 class DeepSeekV2Model(GPTModel):
@@ -26,8 +55,5 @@ class DeepSeekV2Model(GPTModel):
         del unused
         if not self.post_process:
             return hidden_states
-        if labels is not None:
-            losses = linear_cross_entropy(hidden_states, self.output_layer.weight, labels.t())
-            return losses.t()
-        logits, _ = self.output_layer(hidden_states)
-        return logits.transpose(0, 1)
+        by_position = self.output_layer(hidden_states, None if labels is None else labels.t())
+        return by_position.transpose(0, 1)

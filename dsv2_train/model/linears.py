@@ -17,11 +17,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(
-        self, x: Tensor, weight: None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[..., input_size] -> [..., output_size], and no bias. No communication."""
-        assert weight is None, "embedding and head are not tied"
         return linear(x, self.weight), None
 
 
@@ -29,7 +26,7 @@ def replace_linears(module: nn.Module) -> None:
     """Put `Linear` in the place of megatron-core's local linears, which it equals without TP.
 
     After construction, because specs do not reach all of them: MLA checks its down-projections by
-    identity and GPTModel hard-codes its output layer.
+    identity.
     """
     for name, child in module.named_children():
         if isinstance(child, ColumnParallelLinear | RowParallelLinear):
