@@ -33,17 +33,20 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_file(arguments.config)
     env = environment.start(TIMEOUT_S)
     this_run = build_run(config, env)
-    train(this_run)
-    _close(this_run, arguments.command)
+    try:
+        train(this_run)
+    finally:
+        if this_run.monitor is not None:
+            this_run.monitor.close()
+    _say_what_is_where(this_run, arguments.command)
     process_groups.destroy()
     environment.stop()
     return 0
 
 
-def _close(run: Run, command: str) -> None:
+def _say_what_is_where(run: Run, command: str) -> None:
     if run.monitor is None:
         return
-    run.monitor.close()
     steps = f"{run.clock.step} of {run.schedule.num_steps} steps"
     closing = Closing(
         headline=f"{'done' if run.is_done else 'stopped cleanly'}: {steps}",
