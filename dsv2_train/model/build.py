@@ -1,9 +1,11 @@
 """The chunk of the model that one rank holds."""
 
+from math import isclose
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import nn
 
 from dsv2_train.config.run import RunConfig
@@ -14,6 +16,7 @@ from dsv2_train.model.initialize import initialize
 from dsv2_train.model.layer_spec import block_spec
 from dsv2_train.model.linears import replace_linears
 from dsv2_train.model.transformer_config import build_transformer_config
+from dsv2_train.recipe.yarn import softmax_scale
 
 
 def build_model(
@@ -54,6 +57,7 @@ def build_model(
     if model.post_process:
         model.output_layer = OutputHead(model.output_layer.weight)
     tag_parameters(model, first_layer, groups.ep.rank(), groups.ep.size())
+    _check_softmax_scale(model, config)
     if device.type != "meta":
         initialize(model, config.run.seed, config.model.init_std)
     return model
@@ -79,3 +83,16 @@ def _global_name(local_name: str, first_layer: int) -> str:
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first_layer)
     return ".".join(parts)
+
+
+def _check_softmax_scale(model: nn.Module, config: RunConfig) -> None:
+    """Hold megatron-core's softmax scale against the paper's, whatever its YaRN defaults become.
+
+    Raises:
+        RuntimeError: if they differ; 0.16.1 applies the YaRN temperature even to plain RoPE.
+    """
+    expected = softmax_scale(config.model)
+    for name, module in model.named_modules():
+        if isinstance(module, MLASelfAttention) and not isclose(module.softmax_scale, expected):
+            found = module.softmax_scale
+            raise RuntimeError(f"{name}: softmax scale {found}, must be {expected}")

@@ -116,6 +116,9 @@ def inspect(config: RunConfig, overrides: Sequence[str] = ()) -> Launch:
     if world_size > limit:
         allowed = f"must be at most cluster.ranks_per_node = {limit}: this launches one node"
         problems.append(Problem("parallel.world_size", world_size, allowed))
+    if config.recipe.precision == "fp64":
+        allowed = "must be bf16 or fp32: fp64 serves comparisons of gradients, nothing trains in it"
+        problems.append(Problem("recipe.precision", "fp64", allowed))
     folder = config.run.folder
     checkpoint = layout.latest_complete(folder / CHECKPOINTS)
     found: list[Change] = []
