@@ -5,6 +5,7 @@
 
 # T tokens, h hidden size, V vocabulary
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from dsv2_train.ops.main_grad import weight_gradient
 
-# Rows of logits worked on at once: enough for a fast product, few enough for a CPU's cache.
+# Rows of logits worked on at once: enough for a fast product, few enough for a CPU's cache, and for
+# an allocation that the C library reuses, where it would take larger ones anew from the system.
 _ROWS = 512
 
 # One cache line more than a power of two: rows that are whole pages apart would share few sets of
@@ -43,31 +45,40 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        num_tokens, vocab_size = x.size(0), weight.size(0)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        logits = x.new_empty(num_tokens, vocab_size + _PADDING, dtype=dtype)[:, :vocab_size]
-        losses, sums = x.new_empty(2, num_tokens, 1, dtype=dtype)
-        target = labels.unsqueeze(1)
-        pieces = (torch.split(tensor, _ROWS) for tensor in (x, logits, losses, sums, target))
-        for x_rows, rows, loss, total, label in zip(*pieces, strict=True):
-            if rows.dtype == x.dtype:
-                torch.mm(x_rows, weight.t(), out=rows)
-            else:
-                rows.copy_(torch.mm(x_rows, weight.t()))
-            largest = rows.amax(dim=1, keepdim=True)
-            rows.sub_(largest)
-            picked = rows.gather(1, label)
-            torch.sum(rows.exp_(), dim=1, keepdim=True, out=total)
+        losses, sums = x.new_empty(2, x.size(0), 1, dtype=dtype)
+        blocks = []
+        for x_rows, loss, total, label in _by_rows(x, losses, sums, labels.unsqueeze(1)):
+            logits = _logits(x_rows, weight, dtype)
+            logits.sub_(logits.amax(dim=1, keepdim=True))
+            picked = logits.gather(1, label)
+            torch.sum(logits.exp_(), dim=1, keepdim=True, out=total)
             torch.sub(total.log(), picked, out=loss)
-        # d loss / d logits = softmax - onehot(label) = (exp(logits) - sum onehot(label)) / sum.
-        logits.scatter_add_(1, target, -sums)
-        ctx.save_for_backward(x, weight, logits, sums)
+            # d loss / d logits = softmax - onehot(label) = (exp(logits) - sum onehot(label)) / sum.
+            blocks.append(logits.scatter_add_(1, label, -total))
+        ctx.save_for_backward(x, weight, sums, *blocks)
         return losses.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, grad_logits, sums = ctx.saved_tensors
+        x, weight, sums, *blocks = ctx.saved_tensors
         share = (grad_losses.unsqueeze(1) / sums).to(x.dtype)
-        grad_logits = grad_logits.to(x.dtype)
-        grad_x = torch.mm(grad_logits, weight).mul_(share)
-        return grad_x, weight_gradient(weight, grad_logits, x * share), None
+        grad_x, shared_x = torch.empty_like(x), x * share
+        grad_logits = [block.to(x.dtype) for block in blocks]
+        for block, (grad_rows,) in zip(grad_logits, _by_rows(grad_x), strict=True):
+            torch.mm(block, weight, out=grad_rows)
+        pairs = zip(grad_logits, torch.split(shared_x, _ROWS), strict=True)
+        return grad_x.mul_(share), weight_gradient(weight, pairs), None
+
+
+def _by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, _ROWS) for tensor in tensors), strict=True)
+
+
+def _logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, h] -> [T, V] in `dtype`, in rows of one cache line more."""
+    padded = x.new_empty(x.size(0), weight.size(0) + _PADDING, dtype=dtype)
+    logits = padded[:, : weight.size(0)]
+    if dtype == x.dtype:
+        return torch.mm(x, weight.t(), out=logits)
+    return logits.copy_(torch.mm(x, weight.t()))

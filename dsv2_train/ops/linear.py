@@ -40,4 +40,4 @@ class _Linear(torch.autograd.Function):
         grad_x = torch.mm(rows, weight).view(x.shape) if needs_x else None
         if not needs_weight:
             return grad_x, None
-        return grad_x, weight_gradient(weight, rows, x.reshape(-1, x.size(-1)))
+        return grad_x, weight_gradient(weight, [(rows, x.reshape(-1, x.size(-1)))])

@@ -5,6 +5,8 @@ gradient buffer, and `grad_added_to_main_grad`. An op that adds its weight gradi
 itself and sets the flag saves a gradient tensor of the weight's size and a pass over it.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -30,22 +32,21 @@ def mark_added(weight: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
-def weight_gradient(weight: Tensor, grad_y: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(weight: Tensor, rows: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Gradient of `weight` in y = x weight^T, added to its buffer where it has one.
 
     Args:
         weight: [b, a].
-        grad_y: [T, b].
-        x: [T, a].
+        rows: the gradient of y [T, b] and x [T, a], in as many pieces along T as there are.
 
     Returns:
         What backward hands to autograd for `weight`.
     """
     buffer = gradient_buffer(weight)
-    if buffer is None:
-        return torch.mm(grad_y.t(), x)
-    if buffer.dtype == x.dtype:
-        buffer.addmm_(grad_y.t(), x)
-    else:
-        buffer.add_(torch.mm(grad_y.t(), x))
-    return mark_added(weight)
+    gradient = torch.zeros_like(weight) if buffer is None else buffer
+    for grad_y, x in rows:
+        if gradient.dtype == x.dtype:
+            gradient.addmm_(grad_y.t(), x)
+        else:
+            gradient.add_(torch.mm(grad_y.t(), x))
+    return gradient if buffer is None else mark_added(weight)
