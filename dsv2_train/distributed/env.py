@@ -37,18 +37,18 @@ def start(timeout_s: float) -> Env:
         RuntimeError: when a variable that torchrun sets is missing.
 
     Note:
-        Blocks until all processes have joined. Without CUDA it gives each process its share of the
-        cores, unless OMP_NUM_THREADS is set, and installs `cpu_ranks`.
+        Blocks until all processes have joined. Installs `cpu_ranks`, and without CUDA gives each
+        process its share of the cores, unless OMP_NUM_THREADS is set.
     """
     rank, world_size, local_rank, local_world_size = (
         _from_torchrun(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
+    cpu_ranks.install()
     if torch.cuda.is_available():
         backend, device = "nccl", torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         backend, device = "gloo", torch.device("cpu")
-        cpu_ranks.install()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     dist.init_process_group(

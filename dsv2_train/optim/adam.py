@@ -136,14 +136,16 @@ def set_step(adam: Adam, step: int) -> None:
 class _Source:
     module: str
     name: str
-    extra: str
+    remedy: str
     on_host: bool = False
 
 
 _SOURCES = {
-    "te": _Source("transformer_engine.pytorch.optimizers", "FusedAdam", "gpu"),
-    "apex": _Source("apex.optimizers", "FusedAdam", "none; it comes with NVIDIA's PyTorch image"),
-    "deepspeed_cpu": _Source("deepspeed.ops.adam", "DeepSpeedCPUAdam", "offload", on_host=True),
+    "te": _Source("transformer_engine.pytorch.optimizers", "FusedAdam", "install the extra gpu"),
+    "apex": _Source("apex.optimizers", "FusedAdam", "it comes with NVIDIA's PyTorch image"),
+    "deepspeed_cpu": _Source(
+        "deepspeed.ops.adam", "DeepSpeedCPUAdam", "install the extra offload", on_host=True
+    ),
 }
 
 
@@ -174,5 +176,5 @@ def _why_missing(source: _Source, device: torch.device) -> str | None:
     try:
         importlib.import_module(source.module)
     except ImportError as error:
-        return f"{error} (extra: {source.extra})"
+        return f"{source.module} does not import ({error}); {source.remedy}"
     return None

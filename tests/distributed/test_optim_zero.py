@@ -1,6 +1,7 @@
 """ZeRO-1 against an unsharded AdamW that is given the same gradients, in fp64."""
 
 import dataclasses
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -32,6 +33,21 @@ def test_a_sharded_step_is_the_unsharded_step(world: World, layout: Layout, over
         assert found == pytest.approx(norms, rel=1e-13)
     for kind in KINDS:
         assert largest_error(results, expected, kind) < TOLERANCE, kind
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed (extra: offload)")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deepspeed_s_cpu_adam_serves_as_well(world: World, precision: str) -> None:
+    case = Case((2, 1, 2), precision=precision, adam="deepspeed_cpu")
+    straight = world.run(train, 2, case, range(3), timeout_s=400)  # it compiles its kernel
+    norms, expected = reference(case, 3)
+    for kind in ("weight" if precision == "fp32" else "master", "exp_avg", "exp_avg_sq"):
+        assert largest_error(straight, expected, kind) < TOLERANCE, kind
+    saved = [state for _, state, _ in world.run(train, 2, case, range(2))]
+    resumed = world.run(resume, 2, case, saved, range(2, 3))
+    assert [found for found, _, _ in resumed] == [pytest.approx(norms[2:], rel=1e-13)] * 2
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert largest_error(resumed, expected, kind) < TOLERANCE, kind
 
 
 @pytest.mark.parametrize("layout", [(4, 2, 2), (4, 1, 2)], ids=str)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,7 @@ class World:
         self._workers = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = preloaded_context()
         for _ in range(MAX_WORLD_SIZE):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -108,6 +108,13 @@ class World:
             self.close()
             raise failure
         return [results[rank] for rank in range(world_size)]
+
+
+def preloaded_context() -> ForkServerContext:
+    """Processes that start with torch and megatron-core imported, and nothing of a test's."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def apply_warning_filters(filters: list[str]) -> None:

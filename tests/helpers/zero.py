@@ -1,6 +1,7 @@
 """Worlds that train the toy with ZeRO-1, and the unsharded AdamW they are compared with."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -31,6 +32,7 @@ class Case:
     overlap: bool = True
     bucket_size: int | None = 300
     clip_grad_norm: float = CONFIG.clip_grad_norm
+    adam: str = "torch"
     sabotage: str = ""
 
     @property
@@ -62,8 +64,11 @@ class Rank:
         ep = self.groups.ep
         toy = Toy(layers, ep.rank(), ep.size(), DTYPES[case.precision])
         self.chunks = wrap([toy], case.parallel, case.precision, self.groups)
-        choice = choose_adam("torch", torch.device("cpu"))
-        self.optimizer = build_optimizer(self.chunks, case.config, choice, self.groups)
+        with warnings.catch_warnings():
+            if case.adam == "deepspeed_cpu":
+                warnings.simplefilter("ignore")  # about its accelerator, when it is imported
+            choice = choose_adam(case.adam, torch.device("cpu"))
+            self.optimizer = build_optimizer(self.chunks, case.config, choice, self.groups)
 
     def run(self, steps: range) -> list[float]:
         return [self._step(step) for step in steps]
