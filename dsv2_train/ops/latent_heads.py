@@ -40,13 +40,13 @@ class _LatentHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rope = k_rope.size(-1)
         nope = q.size(-1) - rope
-        rotation = _rotation(cos, sin)
+        rotation = torch.complex(cos, sin)
         q_heads, k_heads = _empty_heads(q, q.size(-1)), _empty_heads(q, q.size(-1))
         v_heads = _empty_heads(q, kv.size(-1) - nope)
         q_heads[..., :nope] = q[..., :nope]
-        q_heads[..., nope:] = _rotate(q[..., nope:], *rotation)
+        q_heads[..., nope:] = _rotate(q[..., nope:], rotation)
         k_heads[..., :nope] = kv[..., :nope]
-        k_heads[..., nope:] = _rotate(k_rope.unsqueeze(2), *rotation)
+        k_heads[..., nope:] = _rotate(k_rope.unsqueeze(2), rotation)
         v_heads.copy_(kv[..., nope:])
         ctx.save_for_backward(cos, sin)
         ctx.nope = nope
@@ -59,17 +59,17 @@ class _LatentHeads(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         nope = ctx.nope
         # The transpose of a rotation turns back.
-        rotation = _rotation(cos, -sin)
+        rotation = torch.complex(cos, -sin)
         grad_q = torch.empty(
             grad_q_heads.shape, dtype=grad_q_heads.dtype, device=grad_q_heads.device
         )
         grad_q[..., :nope] = grad_q_heads[..., :nope]
-        grad_q[..., nope:] = _rotate(grad_q_heads[..., nope:], *rotation)
+        grad_q[..., nope:] = _rotate(grad_q_heads[..., nope:], rotation)
         grad_kv = grad_q.new_empty(*grad_v.shape[:-1], nope + grad_v.size(-1))
         grad_kv[..., :nope] = grad_k_heads[..., :nope]
         grad_kv[..., nope:] = grad_v
         shared = grad_k_heads[..., nope:].sum(dim=2, keepdim=True)
-        grad_k_rope = _rotate(shared, *rotation).squeeze(2).to(grad_q.dtype)
+        grad_k_rope = _rotate(shared, rotation).squeeze(2).to(grad_q.dtype)
         return grad_q, grad_kv, grad_k_rope, None, None
 
 
@@ -79,13 +79,8 @@ def _empty_heads(q: Tensor, width: int) -> Tensor:
     return q.new_empty(num_samples, num_heads, num_positions, width).permute(2, 0, 1, 3)
 
 
-def _rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors [S, 1, 1, r] of a channel and of its partner."""
-    own = cos.repeat_interleave(2, dim=-1)
-    partner = torch.stack([-sin, sin], dim=-1).flatten(-2)
-    return own[:, None, None], partner[:, None, None]
-
-
-def _rotate(x: Tensor, own: Tensor, partner: Tensor) -> Tensor:
-    partners = x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
-    return (x * own).add_(partners * partner)
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn adjacent channels of [S, B, n, r], as complex numbers, by [S, r / 2]."""
+    wide = x.to(torch.promote_types(x.dtype, rotation.real.dtype))
+    turned = torch.complex(wide[..., 0::2], wide[..., 1::2]).mul_(rotation[:, None, None])
+    return torch.view_as_real(turned).flatten(-2)
