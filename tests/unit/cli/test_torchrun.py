@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,10 @@ def launch(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     yield start
     for process in started:
         process.kill()
+    for file in tmp_path.glob("pid_*"):
+        with suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+    for process in started:
         process.communicate()
 
 
