@@ -105,11 +105,10 @@ def batches(
         dp_size=dp_size,
     )
     window_ids = split.windows_of(sample_ids.ravel()).reshape(sample_ids.shape)
-    shape = (2, micro_batch_size, split.windows.shape[1] - 1)
+    shape = (micro_batch_size, split.windows.shape[1] - 1)
     for ids, windows in zip(sample_ids, window_ids, strict=True):
-        pair = np.empty(shape, dtype=np.int64)
+        tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         for row, window in enumerate(windows):
-            pair[0, row] = split.windows[window, :-1]
-            pair[1, row] = split.windows[window, 1:]
-        tokens, labels = torch.from_numpy(pair)
-        yield Batch(tokens, labels, torch.from_numpy(ids))
+            tokens[row] = split.windows[window, :-1]
+            labels[row] = split.windows[window, 1:]
+        yield Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(ids))
