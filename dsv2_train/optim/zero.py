@@ -97,9 +97,7 @@ class ZeroOptimizer:
             buffers in place. Nothing is read back to the host, unless AdamW runs there.
         """
         norm = self._grad_norm()
-        clip = (self._clip_grad_norm / (norm + _NORM_EPS)).clamp(max=1.0)
-        if self._shards:
-            torch._foreach_mul_([shard.gradient for shard in self._shards], clip.float())
+        self._clip(norm)
         self._bring_gradients_to_host()
         for group in self._adam.param_groups:
             group["lr"] = lr
@@ -142,6 +140,12 @@ class ZeroOptimizer:
             norms = torch._foreach_norm(self._norm_blocks, 2, dtype=torch.float64)
             squares += torch.stack(norms).square().sum()
         return all_sum(squares, self._world).sqrt()
+
+    def _clip(self, norm: Tensor) -> None:
+        factor = (self._clip_grad_norm / (norm + _NORM_EPS)).clamp(max=1.0).float()
+        # On a CPU the factor can be looked at for nothing, which saves a pass over the gradients.
+        if self._shards and not (factor.is_cpu and factor.item() == 1.0):
+            torch._foreach_mul_([shard.gradient for shard in self._shards], factor)
 
     def _bring_gradients_to_host(self) -> None:
         for shard in self._moved:
