@@ -14,7 +14,7 @@ from dsv2_train.model.gpt import DeepSeekV2Model, OutputHead
 from dsv2_train.model.implementation import Choice
 from dsv2_train.model.initialize import initialize
 from dsv2_train.model.layer_spec import block_spec
-from dsv2_train.model.linears import replace_linears
+from dsv2_train.model.modules.linears import replace_linears
 from dsv2_train.model.transformer_config import build_transformer_config
 from dsv2_train.recipe.yarn import softmax_scale
 

@@ -20,13 +20,13 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from dsv2_train.config.sections.model import ModelConfig
-from dsv2_train.model.attention import LatentAttention, NoCoreAttention
 from dsv2_train.model.implementation import Choice
-from dsv2_train.model.mlp import GatedMLP, SharedExperts
+from dsv2_train.model.modules.attention import LatentAttention, NoCoreAttention
+from dsv2_train.model.modules.mlp import GatedMLP, SharedExperts
+from dsv2_train.model.modules.norms import RMSNorm
 from dsv2_train.model.moe.experts import GroupedExperts
 from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.model.moe.router import DeviceLimitedRouter
-from dsv2_train.model.norms import RMSNorm
 
 
 def block_spec(

@@ -11,7 +11,7 @@ import torch
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
-from dsv2_train.model import attention
+from dsv2_train.model.modules import attention
 from dsv2_train.model.moe import router, routing
 from dsv2_train.ops.latent_heads import latent_heads
 from tests.helpers.hf import write_folder

@@ -1,0 +1,1 @@
+"""Modules of our own for the slots of a megatron-core layer."""
