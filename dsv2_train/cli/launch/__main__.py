@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dsv2_train.cli.launch.run_folder import Launch, inspect
 from dsv2_train.cli.launch.sweep import named_runs
-from dsv2_train.cli.launch.torchrun import run_ranks
+from dsv2_train.cli.launch.torchrun import Outcome, run_ranks
 from dsv2_train.cli.main import report_errors
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.load import to_yaml
@@ -30,25 +30,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
+    combinations = [list(arguments.overrides)]
     if arguments.multirun:
         combinations = named_runs(arguments.overrides)
-    else:
-        combinations = [list(arguments.overrides)]
     if arguments.cfg:
-        print(
-            "---\n".join(to_yaml(resolve(line, need_data=False)) for line in combinations), end=""
-        )
+        configs = [to_yaml(resolve(overrides, need_data=False)) for overrides in combinations]
+        print("---\n".join(configs), end="")
         return 0
-    for launch in _check_all(combinations):
+    launches = _check_all(combinations)
+    for number, launch in enumerate(launches, start=1):
         print(launch.describe(), flush=True)
         if launch.is_finished:
             continue
-        launch.write_config()
-        world_size = launch.config.parallel.world_size
-        outcome = run_ranks(launch.worker, world_size, launch.next_log_dir())
+        outcome = _run(launch)
         if outcome.status != 0 or outcome.was_stopped:
+            not_started = [later.config.run.name for later in launches[number:]]
+            if not_started:
+                print(f"not started: {', '.join(not_started)}", file=sys.stderr)
             return outcome.status
     return 0
+
+
+def _run(launch: Launch) -> Outcome:
+    launch.write_config()
+    world_size = launch.config.parallel.world_size
+    return run_ranks(launch.worker, world_size, launch.next_log_dir())
 
 
 def _check_all(combinations: Sequence[Sequence[str]]) -> list[Launch]:

@@ -7,7 +7,7 @@ from tests.helpers.tiny import tiny_config
 
 
 def changed(*overrides: str) -> list[Change]:
-    before, now = tiny_config(), tiny_config(*overrides)
+    before, now = tiny_config("optim.lr=3e-3"), tiny_config("optim.lr=3e-3", *overrides)
     return changes(before.model_dump(mode="json"), now.model_dump(mode="json"))
 
 

@@ -1,9 +1,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dsv2_train.cli import compose
-from dsv2_train.cli.compose import compose_values, expand_sweep
+from dsv2_train.cli.compose import CONFIG_DIR, compose_values, expand_sweep
 from dsv2_train.config.problems import ConfigError
 
 
@@ -46,9 +47,11 @@ def test_keys_that_no_preset_names_are_kept_for_the_check() -> None:
 
 
 def test_command_line_beats_experiment_beats_preset() -> None:
+    experiment = yaml.safe_load((CONFIG_DIR / "experiment/dsv2_lite_pretrain.yaml").read_text())
+    choice = "experiment=dsv2_lite_pretrain"
     assert compose_values([])[0]["optim"]["lr"] == 2.4e-4
-    assert compose_values(["experiment=quickstart"])[0]["optim"]["lr"] == 3e-3
-    assert compose_values(["optim.lr=1", "experiment=quickstart"])[0]["optim"]["lr"] == 1
+    assert compose_values([choice])[0]["optim"]["lr"] == experiment["optim"]["lr"] == 4.2e-4
+    assert compose_values(["optim.lr=1", choice])[0]["optim"]["lr"] == 1
 
 
 @pytest.mark.parametrize("content", [b"a: [1\n", b"a: \xff\n", b"a: 1\na: 2\n", b"\ta: 1\n"])

@@ -4,11 +4,15 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from dsv2_train.cli.launch import __main__ as launcher
+from dsv2_train.cli.launch.torchrun import Outcome
 from dsv2_train.cli.resolve import resolve
+from dsv2_train.config.load import load_file
 from tests.unit.cli.folders import write_checkpoint, write_data_folder
 
 LOCAL_SH = Path(__file__).parents[3] / "launch" / "local.sh"
@@ -76,7 +80,7 @@ def processor_s() -> float:
         (["model.vocab_size=100"], ["model.vocab_size"]),
         (["parallel.tp=2", "parallel.cp=2"], ["parallel.tp", "parallel.cp"]),
         (["model=gpt5", "nonsense"], ["model", "override"]),
-        (["parallel.world_size=16", "parallel.ep=8"], ["parallel.world_size"]),
+        (["parallel.world_size=16", "recipe.global_batch_size=32"], ["parallel.world_size"]),
     ],
 )
 def test_a_config_mistake_ends_it_before_anything_starts(
@@ -145,6 +149,36 @@ def test_a_sweep_into_one_folder_is_refused(folder: Path, python_without_torch: 
     assert "run.name: found 'runs/quickstart-path-data-stdlib'; two runs" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "status", "num_started"),
+    [
+        ([Outcome(0, False), Outcome(0, False)], 0, 2),
+        ([Outcome(1, False)], 1, 1),
+        ([Outcome(0, True)], 0, 1),
+    ],
+)
+def test_a_sweep_runs_in_turn_and_stops_at_the_first_that_does_not_finish(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    outcomes: list[Outcome],
+    status: int,
+    num_started: int,
+) -> None:
+    started: list[str] = []
+
+    def run_ranks(worker: Sequence[str], num_ranks: int, log_dir: Path) -> Outcome:
+        started.append(load_file(Path(worker[worker.index("--config") + 1])).run.name)
+        assert num_ranks == 4
+        return outcomes[len(started) - 1]
+
+    monkeypatch.setattr(launcher, "run_ranks", run_ranks)
+    assert launcher.main(["-m", QUICKSTART, "optim.lr=0.1,0.2"]) == status
+    names = ["quickstart-lr-0.1", "quickstart-lr-0.2"]
+    assert started == names[:num_started]
+    assert ("not started: quickstart-lr-0.2" in capsys.readouterr().err) == (num_started == 1)
+
+
 def test_help_shows_examples(folder: Path, python_without_torch: str) -> None:
     done = local_sh(python_without_torch, "--help")
     assert done.returncode == 0
@@ -152,11 +186,11 @@ def test_help_shows_examples(folder: Path, python_without_torch: str) -> None:
 
 
 def test_a_finished_run_says_so_and_ends_well(folder: Path, python_without_torch: str) -> None:
-    config = resolve([QUICKSTART], need_data=True)
-    write_checkpoint(config, 400)
-    done = local_sh(python_without_torch, QUICKSTART)
+    overrides = [QUICKSTART, "recipe.num_steps=40"]
+    write_checkpoint(resolve(overrides, need_data=True), 40)
+    done = local_sh(python_without_torch, *overrides)
     assert done.returncode == 0
-    assert "run quickstart is finished: 400 of 400 steps" in done.stdout
+    assert "run quickstart is finished: 40 of 40 steps" in done.stdout
 
 
 def test_another_model_under_the_same_name_is_refused(

@@ -88,7 +88,8 @@ def test_missing_section_is_told() -> None:
 
 
 def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
-    config = tiny_config("recipe.batch_ramp={start_batch_size:4,ramp_tokens:999,multiple_of:4}")
+    ramp = "recipe.batch_ramp={start_batch_size:4,ramp_tokens:999,multiple_of:4}"
+    config = tiny_config(ramp, "optim.lr=3e-3")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_file(tmp_path / "config.yaml") == config
     assert load_file(tmp_path / "config.yaml").optim.lr == 3e-3
