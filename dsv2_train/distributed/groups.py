@@ -50,6 +50,15 @@ def build(parallel: ParallelConfig, timeout_s: float) -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def build_hosts(timeout_s: float) -> dist.ProcessGroup:
+    """All ranks over gloo, for what their hosts agree on without waiting for a device.
+
+    Note:
+        Collective over all processes; the group ends with the processes' own.
+    """
+    return dist.new_group(backend=dist.Backend.GLOO, timeout=timedelta(seconds=timeout_s))
+
+
 def build_fake(parallel: ParallelConfig, rank: int) -> ProcessGroupCollection:
     """The groups as `rank` of the layout would see them, in one process and without its peers.
 

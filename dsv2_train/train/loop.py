@@ -1,6 +1,7 @@
 """The training loop."""
 
 from dsv2_train.train.evaluate import evaluate
+from dsv2_train.train.guards import require_finite
 from dsv2_train.train.run import Run
 from dsv2_train.train.step import train_step
 
@@ -10,12 +11,13 @@ def train(run: Run) -> None:
 
     Every line is collective over all ranks.
     """
-    while not run.is_done and not run.signals.agreed(run.world, run.env.device):
+    while not run.is_done and not run.signals.agreed():
         point = run.schedule.at(run.clock)
         run.telemetry.begin_step()
         result = train_step(run, point)
         run.clock = run.clock.advance(point)
         run.telemetry.end_step(run.clock, point, result)
+        require_finite(run.clock, result)
         if run.evaluation_due:
             with run.telemetry.stopwatch.evaluation():
                 run.telemetry.evaluated(run.clock, evaluate(run))

@@ -29,6 +29,9 @@ from dsv2_train.train.telemetry import Telemetry
 # The first collectives wait for ranks that still build; later ones for the slowest step.
 TIMEOUT_S = 1800.0
 
+# Larger corpus files are held against their size at the start; `dsv2 validate` reads all of them.
+READ_AT_START_BYTES = 64 << 30
+
 
 def build_run(config: RunConfig, env: Env) -> Run:
     """Build, restore the newest checkpoint if there is one, and show the start-up table.
@@ -49,7 +52,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
         Collective over all ranks.
     """
     if env.rank == 0:
-        verify(Path(config.data.path))
+        verify(Path(config.data.path), max_file_bytes=READ_AT_START_BYTES)
     choices = choose(config.parallel, env.device)
     groups = process_groups.build(config.parallel, TIMEOUT_S)
     model = build_model(config, groups, choices, env.device)
@@ -81,16 +84,11 @@ def build_run(config: RunConfig, env: Env) -> Run:
         checkpoints=checkpoints,
         monitor=monitor,
         telemetry=_telemetry(config, monitor, model, groups, env.device),
-        signals=StopSignals(),
+        signals=StopSignals(process_groups.build_hosts(TIMEOUT_S)),
     )
     if monitor is not None:
-        monitor.message(
-            start_up_table(
-                _start_up(
-                    run, [*choices.values(), Choice("adam", adam.implementation, adam.reason)]
-                )
-            )
-        )
+        served = [*choices.values(), Choice("adam", adam.implementation, adam.reason)]
+        monitor.message(start_up_table(_start_up(run, served)))
     return run
 
 

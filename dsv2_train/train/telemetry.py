@@ -1,6 +1,5 @@
 """What a run tells while it trains: rows of metrics, read from the device once a log step."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,13 +86,12 @@ class Telemetry:
             clock: after the step.
             point: what the recipe asked of the step.
             result: what the step reported.
-
-        Raises:
-            FloatingPointError: on every rank, if a reported loss or gradient norm is not finite.
         """
         self.stopwatch.add_step(point.num_tokens)
-        if clock.step % self._config.monitor.log_every_steps and clock.step != 1:
-            return
+        if clock.step % self._config.monitor.log_every_steps == 0 or clock.step == 1:
+            self._report(clock, self._row(point, result))
+
+    def _row(self, point: Point, result: StepResult) -> dict[str, float]:
         for layer_idx, router in self._routers.items():
             self._load.add(
                 layer_idx, router.expert_counts, router.balance_sums, router.num_microbatches
@@ -111,10 +109,7 @@ class Telemetry:
             self._config.parallel.world_size,
             self._peak_tflops,
         )
-        self._report(clock, {**row, **routing, **speed, **peak_memory(self._device)})
-        for name in ("train/loss", "train/grad_norm"):
-            if not math.isfinite(row[name]):
-                raise FloatingPointError(f"step {clock.step}: {name} is {row[name]}")
+        return {**row, **routing, **speed, **peak_memory(self._device)}
 
     def evaluated(self, clock: Clock, loss: float) -> None:
         """Report a validation loss."""

@@ -1,0 +1,27 @@
+"""What a run refuses to go on with."""
+
+import math
+
+from dsv2_train.recipe.clock import Clock
+from dsv2_train.train.telemetry import StepResult
+
+
+def require_finite(clock: Clock, result: StepResult) -> None:
+    """Stop before numbers that are none are saved or shown as progress.
+
+    A loss that is not finite makes the gradient norm so, which every rank knows to the same bits:
+    all ranks stop at the same step. Reads one number from the device.
+
+    Args:
+        clock: after the step.
+        result: of the step.
+
+    Raises:
+        FloatingPointError: naming the step and the norm.
+    """
+    norm = result.grad_norm.item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"step {clock.step}: the gradient norm is {norm}; the newest checkpoint is older and"
+            " was saved with finite numbers: start again from it, or with a smaller optim.lr"
+        )
