@@ -2,12 +2,15 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dsv2_train.checkpoint.layout import latest_complete
+from dsv2_train.config.checks import cross_check
 from dsv2_train.config.load import load_file
+from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import env as environment
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.monitor.report import Closing, closing_message
@@ -61,14 +64,28 @@ def _say_what_is_where(run: Run, command: str) -> None:
 
 
 def _next_commands(run: Run, command: str) -> list[tuple[str, str]]:
-    """What a user does next, from the line that started this run."""
-    name = run.config.run.name
+    """What a user can do next, from the line that started this run; only what would be accepted."""
+    config, steps = run.config, run.schedule.num_steps
     resume = ("resume", command)
     if run.is_done:
-        resume = ("train longer", f"{command} recipe.num_steps={2 * run.schedule.num_steps}")
-    layout = f"{command} run.name={name}_pp4 parallel.pp=4 parallel.ep=1"
-    gpu = f"{command} run.name={name}_gpu parallel=single recipe.precision=bf16"
-    return [resume, ("another layout", layout), ("on one GPU", gpu)]
+        resume = ("train longer", f"{command} recipe.num_steps={2 * steps}")
+    others = {
+        "another layout": {"world_size": config.parallel.world_size, "pp": 4, "ep": 1},
+        "on one GPU": {"world_size": 1, "pp": 1, "ep": 1},
+    }
+    return [resume, *_accepted(config, command, others)]
+
+
+def _accepted(
+    config: RunConfig, command: str, layouts: dict[str, dict[str, int]]
+) -> Iterator[tuple[str, str]]:
+    for words, layout in layouts.items():
+        other = config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
+        if other.parallel == config.parallel or cross_check(other):
+            continue
+        keys = " ".join(f"parallel.{key}={size}" for key, size in layout.items())
+        name = f"{config.run.name}_{words.rpartition(' ')[2].lower()}"
+        yield words, f"{command} run.name={name} {keys}"
 
 
 def main() -> int:
