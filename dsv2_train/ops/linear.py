@@ -1,6 +1,6 @@
-"""A linear layer without bias, whose weight gradient goes where the optimizer reads it.
+"""Linear layer and embedding whose weight gradients go where the optimizer reads them.
 
-`linear(x, weight) -> y`
+`linear(x, weight) -> y` and `embedding(tokens, weight) -> x`
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_train.ops.main_grad import weight_gradient
+from dsv2_train.ops.main_grad import gradient_buffer, mark_added, weight_gradient
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -26,6 +26,24 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Look up rows of the weight.
+
+    Args:
+        tokens: [...] int64 in [0, V).
+        weight: [V, h]; its gradient is added to `main_grad` where it has one, row by row, without
+            a gradient of the weight's size.
+
+    Returns:
+        [..., h] in the dtype of `weight`.
+
+    Note:
+        The gradient is deterministic. No communication.
+    """
+    x: Tensor = _Embedding.apply(tokens, weight)
+    return x
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -41,3 +59,22 @@ class _Linear(torch.autograd.Function):
         if not needs_weight:
             return grad_x, None
         return grad_x, weight_gradient(weight, [(rows, x.reshape(-1, x.size(-1)))])
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return torch.nn.functional.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[None, Tensor]:
+        tokens, weight = ctx.saved_tensors
+        buffer = gradient_buffer(weight)
+        gradient = torch.zeros_like(weight) if buffer is None else buffer
+        rows = grad_x.flatten(0, -2).to(gradient.dtype)
+        if gradient.is_cuda:  # index_add_ adds in any order there
+            gradient.index_put_((tokens.flatten(),), rows, accumulate=True)
+        else:
+            gradient.index_add_(0, tokens.flatten(), rows)
+        return None, gradient if buffer is None else mark_added(weight)

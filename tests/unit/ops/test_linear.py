@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dsv2_train.ops.linear import linear
+from dsv2_train.ops.linear import embedding, linear
 
 
 def test_gradients_are_those_of_the_output() -> None:
@@ -36,3 +36,21 @@ def test_frozen_inputs_and_weights_get_no_gradient() -> None:
     assert weight.grad is not None
     linear(x.requires_grad_(), weight.detach()).sum().backward()
     assert x.grad is not None
+
+
+def test_embedding_looks_rows_up_and_adds_their_gradients() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([[1, 4, 1], [0, 1, 4]])
+    rows = embedding(tokens, weight)
+    assert rows.tolist() == [[weight[token].tolist() for token in line] for line in tokens.tolist()]
+    assert torch.autograd.gradcheck(lambda weight: embedding(tokens, weight), (weight,))
+
+
+def test_embedding_gradient_is_added_to_main_grad() -> None:
+    weight = torch.randn(4, 2).bfloat16().requires_grad_()
+    weight.main_grad = torch.ones(4, 2)
+    weight.grad_added_to_main_grad = False
+    embedding(torch.tensor([[3], [0], [3]]), weight).sum().backward()
+    assert weight.grad_added_to_main_grad
+    assert weight.main_grad.tolist() == [[2, 2], [1, 1], [1, 1], [3, 3]]
