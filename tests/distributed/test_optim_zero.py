@@ -101,6 +101,10 @@ def test_buckets_of_any_size(world: World, bucket_size: int | None) -> None:
     _, expected = reference(case, 3)
     for kind in KINDS:
         assert largest_error(results, expected, kind) < TOLERANCE, kind
+    # With a bucket for each parameter, the first rank owns the beginning of all of them.
+    owned_by_first = {key for key, *_ in results[0][1]["pieces"]}
+    owns_of_all = {f"weight/{name}" for name in SHAPES} <= owned_by_first
+    assert owns_of_all is (bucket_size == 1)
 
 
 @pytest.mark.parametrize("sabotage", ["expert scale", "missing bucket"])
@@ -112,12 +116,13 @@ def test_the_comparison_sees_what_is_wrong(world: World, sabotage: str) -> None:
     assert largest_error(results, expected, "exp_avg") > 0.1
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["in_turn", "overlapped"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", [(4, 2, 2), (4, 1, 2)], ids=str)
 def test_resumed_is_straight_through_bit_for_bit(
-    world: World, layout: Layout, precision: str
+    world: World, layout: Layout, precision: str, overlap: bool
 ) -> None:
-    case = Case(layout, precision=precision)
+    case = Case(layout, precision=precision, overlap=overlap)
     straight = world.run(train, layout[0], case, range(3))
     saved = [state for _, state, _ in world.run(train, layout[0], case, range(2))]
     resumed = world.run(resume, layout[0], case, saved, range(2, 3))
