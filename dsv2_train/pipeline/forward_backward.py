@@ -22,7 +22,8 @@ def build_forward_backward(
 
     Args:
         chunk: this rank's stage, wrapped for data parallelism. Its configuration is told how to
-            hold back, start and finish the reduction of gradients.
+            hold back, start and finish the reduction of gradients, where there is anybody to
+            reduce them with.
         groups: the rank's process groups.
 
     Returns:
@@ -31,8 +32,9 @@ def build_forward_backward(
         last stage, what the loss function reported for each micro-batch.
     """
     config = chunk.config
-    config.no_sync_func = chunk.no_sync
-    config.finalize_model_grads_func = finalize_model_grads
+    if groups.dp.size() > 1:
+        config.no_sync_func = chunk.no_sync
+        config.finalize_model_grads_func = finalize_model_grads
     if groups.pp.size() == 1:
         return functools.partial(
             forward_backward_no_pipelining, model=[chunk], pg_collection=groups

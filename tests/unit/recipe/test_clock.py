@@ -20,6 +20,7 @@ SHORT = preset(
     "recipe.batch_ramp={start_batch_size:4,ramp_tokens:60000,multiple_of:4}",
     "recipe.global_batch_size=24",
     "recipe.warmup_steps=7",
+    "optim.lr=3e-3",
 )
 
 
@@ -90,7 +91,7 @@ def test_a_budget_of_whole_steps_ends_with_the_last_of_them() -> None:
 
 def test_a_stage_begins_with_the_step_that_reaches_it() -> None:
     """60% of 400 steps of one size are 240, warm-up is 40."""
-    schedule = schedule_of(QUICKSTART)
+    schedule = schedule_of(preset("quickstart", "recipe.num_steps=400", "recipe.warmup_steps=40"))
     stages = [schedule.at(schedule.clock_at_step(step)).recipe_stage for step in (39, 40, 239, 240)]
     assert stages == ["warm-up", "peak", "peak", "decay 1"]
 
