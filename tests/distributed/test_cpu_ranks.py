@@ -7,7 +7,10 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
@@ -20,8 +23,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv2_train.config.sections.parallel import ParallelConfig
 from dsv2_train.distributed import cpu_ranks, groups
-from dsv2_train.optim.build import wrap
-from dsv2_train.optim.shards import owned_shards
 from tests.helpers.toy import Toy
 from tests.helpers.world import preloaded_context
 
@@ -68,11 +69,22 @@ def causal_mask() -> None:
 
 
 def partition() -> None:
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        built = fake_groups(ep=1)
-        toy = Toy(range(4), 0, 1, dtype)
-        chunks = wrap([toy], ParallelConfig(world_size=2), precision, built)
-        assert owned_shards(chunks, built, on_host=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        built, toy = fake_groups(ep=1), Toy(range(4), 0, 1, dtype)
+        config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+        chunk = DistributedDataParallel(toy.config, config, toy, pg_collection=built)
+        DistributedOptimizer(
+            optimizer=torch.optim.AdamW(toy.parameters()),
+            config=OptimizerConfig(use_distributed_optimizer=True),
+            grad_scaler=None,
+            init_state_fn=None,
+            model_chunks=[chunk],
+            per_model_buffers={0: chunk.buffers},
+            data_parallel_group=built.dp_cp,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=0,
+            distributed_optimizer_instance_id=0,
+        )
 
 
 def split_sizes() -> None:
