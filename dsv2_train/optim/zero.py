@@ -12,7 +12,7 @@ from dsv2_train.config.sections.optim import OptimConfig
 from dsv2_train.distributed.collectives import all_sum
 from dsv2_train.distributed.sharding import Piece
 from dsv2_train.optim.adam import AdamChoice, make_adam, set_step
-from dsv2_train.optim.shards import Shard
+from dsv2_train.optim.shards import Shard, owned_gradients
 
 # Gradients are widened to fp64 this many elements at a time: few kernels, little memory.
 _NORM_BLOCK = 1 << 20
@@ -36,19 +36,21 @@ class ZeroOptimizer:
 
     def __init__(
         self,
-        chunks: list[DistributedDataParallel],
+        chunk: DistributedDataParallel,
         shards: list[Shard],
         choice: AdamChoice,
         config: OptimConfig,
         world: ProcessGroup,
     ) -> None:
-        self._chunks = chunks
+        self._chunk = chunk
         self._shards = shards
         self._world = world
+        self._gathers = chunk.dp_group.size() > 1
         self._clip_grad_norm = config.clip_grad_norm
         self._adam_step = 0
+        self._gradients = owned_gradients(chunk)
         self._norm_blocks = [
-            block for shard in shards for block in torch.split(shard.gradient, _NORM_BLOCK)
+            block for gradient in self._gradients for block in torch.split(gradient, _NORM_BLOCK)
         ]
         for shard in shards:
             moved = shard.master.device != shard.gradient.device
@@ -78,8 +80,7 @@ class ZeroOptimizer:
 
     def zero_grad(self) -> None:
         """Zero the gradient buffers; before the first micro-batch of a step."""
-        for chunk in self._chunks:
-            chunk.zero_grad_buffer()
+        self._chunk.zero_grad_buffer()
 
     @torch.no_grad()
     def step(self, lr: float) -> Update:
@@ -104,9 +105,8 @@ class ZeroOptimizer:
         self._adam.step()
         self._adam_step += 1
         self._copy_masters_to_weights()
-        for chunk in self._chunks:
-            if not chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync()
+        if self._gathers and not self._chunk.ddp_config.overlap_param_gather:
+            self._chunk.start_param_sync()
         return Update(grad_norm=norm)
 
     def pieces(self) -> Iterator[Piece]:
@@ -129,23 +129,18 @@ class ZeroOptimizer:
     def after_load(self) -> None:
         """Make the whole model what was loaded into `pieces()`. Collective over dp groups."""
         self._copy_masters_to_weights()
-        for chunk in self._chunks:
-            chunk.start_param_sync(force_sync=True)
+        self._chunk.start_param_sync(force_sync=True)
 
     def _grad_norm(self) -> Tensor:
         """[] fp64: every rank adds the squares of what it owns, so that nothing counts twice."""
-        weight = next(self._chunks[0].parameters())
-        squares = torch.zeros((), dtype=torch.float64, device=weight.device)
-        if self._norm_blocks:
-            norms = torch._foreach_norm(self._norm_blocks, 2, dtype=torch.float64)
-            squares += torch.stack(norms).square().sum()
-        return all_sum(squares, self._world).sqrt()
+        norms = torch._foreach_norm(self._norm_blocks, 2, dtype=torch.float64)
+        return all_sum(torch.stack(norms).square().sum(), self._world).sqrt()
 
     def _clip(self, norm: Tensor) -> None:
         factor = (self._clip_grad_norm / (norm + _NORM_EPS)).clamp(max=1.0).float()
         # On a CPU the factor can be looked at for nothing, which saves a pass over the gradients.
-        if self._shards and not (factor.is_cpu and factor.item() == 1.0):
-            torch._foreach_mul_([shard.gradient for shard in self._shards], factor)
+        if not (factor.is_cpu and factor.item() == 1.0):
+            torch._foreach_mul_(self._gradients, factor)
 
     def _bring_gradients_to_host(self) -> None:
         for shard in self._moved:

@@ -56,9 +56,9 @@ def build_run(config: RunConfig, env: Env) -> Run:
     choices = choose(config.parallel, env.device)
     groups = process_groups.build(config.parallel, TIMEOUT_S)
     model = build_model(config, groups, choices, env.device)
-    [chunk] = wrap([model], config.parallel, config.recipe.precision, groups)
+    chunk = wrap(model, config.parallel, config.recipe.precision, groups)
     adam = choose_adam(config.optim.adam, env.device)
-    optimizer = build_optimizer([chunk], config.optim, adam, groups)
+    optimizer = build_optimizer(chunk, config.optim, adam, groups)
     checkpoints = CheckpointManager(
         config.run.folder / "checkpoints", config.checkpoint.every_steps
     )

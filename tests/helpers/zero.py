@@ -63,18 +63,18 @@ class Rank:
         layers = range(self.stage * count, (self.stage + 1) * count)
         ep = self.groups.ep
         toy = Toy(layers, ep.rank(), ep.size(), DTYPES[case.precision])
-        self.chunks = wrap([toy], case.parallel, case.precision, self.groups)
+        self.chunk = wrap(toy, case.parallel, case.precision, self.groups)
         with warnings.catch_warnings():
             if case.adam == "deepspeed_cpu":
                 warnings.simplefilter("ignore")  # about its accelerator, when it is imported
             choice = choose_adam(case.adam, torch.device("cpu"))
-            self.optimizer = build_optimizer(self.chunks, case.config, choice, self.groups)
+            self.optimizer = build_optimizer(self.chunk, case.config, choice, self.groups)
 
     def run(self, steps: range) -> list[float]:
         return [self._step(step) for step in steps]
 
     def _step(self, step: int) -> float:
-        (chunk,) = self.chunks
+        chunk = self.chunk
         self.optimizer.zero_grad()
         for microbatch in range(NUM_MICROBATCHES):
             last = microbatch == NUM_MICROBATCHES - 1
@@ -107,10 +107,9 @@ class Rank:
         }
 
     def weights(self) -> dict[tuple[str, int], Tensor]:
-        (chunk,) = self.chunks
-        chunk.start_param_sync(force_sync=True)
+        self.chunk.start_param_sync(force_sync=True)
         found = {}
-        for parameter in chunk.parameters():
+        for parameter in self.chunk.parameters():
             place = whole_of(parameter)
             found[place.name, place.offset] = parameter.detach().clone()
         return found
@@ -125,13 +124,14 @@ def train(rank: int, case: Case, steps: range) -> tuple[list[float], dict[str, A
 def resume(rank: int, case: Case, saved: list[Any], steps: range) -> Any:
     worker = Rank(rank, case)
     with torch.no_grad():
-        for parameter in worker.chunks[0].parameters():
+        for parameter in worker.chunk.parameters():
             parameter.fill_(torch.nan)  # whatever is not loaded or gathered shows
     mine = {(key, offset): data for key, _, offset, data in saved[rank]["pieces"]}
     for piece in worker.optimizer.pieces():
         piece.data.copy_(mine[piece.key, piece.offset])
     worker.optimizer.adam_step = saved[rank]["adam_step"]
     worker.optimizer.after_load()
+    assert all(weight.isfinite().all() for weight in worker.chunk.parameters())
     return worker.run(steps), worker.state(), worker.weights()
 
 
