@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install pretrain plan test check static bench soak format clean
+.PHONY: help install pretrain plan test check static bench format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,9 +42,6 @@ static: .venv/.installed-dev
 
 bench: .venv/.installed-dev ## ours, megatron-core and transformers side by side, one thread
 	$(BIN)/python -m benchmarks $(ARGS)
-
-soak: .venv/.installed-dev ## the long tests, at full count
-	$(BIN)/python -m pytest -m soak $(ARGS)
 
 format: .venv/.installed-dev ## let ruff fix what it can
 	$(BIN)/ruff check --fix .

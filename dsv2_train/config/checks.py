@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from dsv2_train.config.problems import Problem
 from dsv2_train.config.run import RunConfig
+from dsv2_train.config.sections.base import Absent
 
 
 def cross_check(config: RunConfig) -> list[Problem]:
@@ -12,7 +13,7 @@ def cross_check(config: RunConfig) -> list[Problem]:
     for check in _CHECKS:
         try:
             problems += check(config)
-        except AttributeError:
+        except Absent:
             continue
     return problems
 

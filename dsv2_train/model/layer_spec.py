@@ -23,7 +23,7 @@ from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.model.implementation import Choice
 from dsv2_train.model.modules.attention import LatentAttention, NoCoreAttention
 from dsv2_train.model.modules.mlp import GatedMLP, SharedExperts
-from dsv2_train.model.modules.norms import RMSNorm
+from dsv2_train.model.modules.norms import LatentNorm, RMSNorm
 from dsv2_train.model.moe.experts import GroupedExperts
 from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.model.moe.router import DeviceLimitedRouter
@@ -101,16 +101,14 @@ def _attention(model: ModelConfig, classes: _Classes) -> ModuleSpec:
             linear_kv_up_proj=classes.column,
             core_attention=classes.core_attention,
             linear_proj=classes.row,
-            q_layernorm=_latent_norm(classes, model.q_latent_scale),
-            kv_layernorm=_latent_norm(classes, model.kv_latent_scale),
+            q_layernorm=_latent_norm(model.q_latent_scale),
+            kv_layernorm=_latent_norm(model.kv_latent_scale),
         ),
     )
 
 
-def _latent_norm(classes: _Classes, scale: float) -> Any:
-    if scale == 1.0:
-        return classes.norm
-    return ModuleSpec(module=RMSNorm, params={"scale": scale})
+def _latent_norm(scale: float) -> ModuleSpec:
+    return ModuleSpec(module=LatentNorm, params={"scale": scale})
 
 
 def _mlp_submodules(classes: _Classes) -> MLPSubmodules:

@@ -19,6 +19,7 @@ TINY = (
     "model.moe_intermediate_size=20",
     "model.num_routed_experts=16",
     "recipe.sequence_length=24",
+    "recipe.micro_batch_size=2",
 )
 
 

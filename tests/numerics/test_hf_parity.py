@@ -47,6 +47,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
         "model.q_lora_rank=null",
         "model.routed_scaling_factor=1.0",
     ),
+    "a large eps, which the latent norms do not take": ("model.rms_norm_eps=1e-2",),
     "two dense layers": ("model.num_dense_layers=2",),
     "yarn": YARN,
     "yarn, two mscales, no query latent": (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dsv2_train.checkpoint import layout
 from dsv2_train.cli.launch.changes import Change, changes, refused
+from dsv2_train.cli.launch.packages import missing_packages
 from dsv2_train.config.load import read_values, to_yaml
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.run import RunConfig
@@ -111,7 +112,7 @@ def inspect(config: RunConfig, overrides: Sequence[str] = ()) -> Launch:
     Raises:
         ConfigError: if it needs more than one node, or would change what a saved run means.
     """
-    problems: list[Problem] = []
+    problems = list(missing_packages(config))
     world_size, limit = config.parallel.world_size, config.cluster.ranks_per_node
     if world_size > limit:
         allowed = f"must be at most cluster.ranks_per_node = {limit}: this launches one node"

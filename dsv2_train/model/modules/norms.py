@@ -33,3 +33,20 @@ class RMSNorm(nn.Module):
         """[..., hidden_size] -> same shape and dtype."""
         normed = rms_norm(x, self.weight, self.eps)
         return normed if self.scale == 1.0 else normed * self.scale
+
+
+class LatentNorm(RMSNorm):
+    """The norm of a compressed latent: eps is 1e-6 whatever the model's is, as released.
+
+    Args:
+        config: gives the weight's dtype.
+        hidden_size: width of the latent.
+        eps: the model's, which does not apply here.
+        scale: constant factor on the output.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, scale: float
+    ) -> None:
+        del eps
+        super().__init__(config, hidden_size, eps=1e-6, scale=scale)

@@ -101,3 +101,13 @@ def test_a_folder_that_cannot_be_written_is_a_config_error() -> None:
     Path("runs").write_text("a file")
     with pytest.raises(ConfigError, match=r"run\.dir"):
         inspect(config()).write_config()
+
+
+def test_packages_that_are_asked_for_and_missing_are_all_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dsv2_train.cli.launch.packages.find_spec", lambda _: None)
+    with pytest.raises(ConfigError) as refused:
+        inspect(config("optim.adam=te", "parallel.linear=te", "parallel.norm=te"))
+    paths = [problem.path for problem in refused.value.problems]
+    assert paths == ["parallel.linear", "parallel.norm", "optim.adam"]

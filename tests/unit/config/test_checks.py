@@ -3,7 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2_train.cli.compose import compose_values
+from dsv2_train.config import checks
 from dsv2_train.config.load import check
+from dsv2_train.config.sections.base import Absent
 from dsv2_train.config.sections.parallel import ParallelConfig
 
 
@@ -74,6 +76,19 @@ def test_what_is_right_passes(overrides: list[str]) -> None:
 
 def test_a_wrong_world_is_not_blamed_on_the_batch() -> None:
     assert paths_of("parallel.world_size=1") == ["parallel.world_size"]
+
+
+def test_a_check_is_passed_over_for_a_wrong_field_and_not_for_a_misspelt_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values, _ = compose_values(["experiment=quickstart", "parallel.world_size=x"])
+    partial, _ = check(values)
+    with pytest.raises(Absent, match=r"ParallelConfig\.world_size"):
+        _ = partial.parallel.dp  # a property that needs the field
+    assert checks.cross_check(partial) == []
+    monkeypatch.setattr(checks, "_CHECKS", (lambda config: config.parallel.pipeline,))
+    with pytest.raises(AttributeError, match="pipeline"):
+        checks.cross_check(partial)
 
 
 @given(num_layers=st.integers(1, 80), pp=st.integers(1, 16))

@@ -20,6 +20,7 @@ SHORT = preset(
     "recipe.batch_ramp={start_batch_size:4,ramp_tokens:60000,multiple_of:4}",
     "recipe.global_batch_size=24",
     "recipe.warmup_steps=7",
+    "recipe.micro_batch_size=2",
     "optim.lr=3e-3",
 )
 
