@@ -2,7 +2,7 @@
 #
 # PYTHON       a Python >= 3.11 with venv and headers         make test PYTHON=python3.12
 # TORCH_INDEX  package index to take torch from; on x86-64 the default one brings CUDA (gigabytes)
-#              make pretrain TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#              for a CPU alone, the address of PyTorch's own index of CPU wheels
 # ARGS         more overrides                                 make pretrain ARGS="recipe.num_steps=50"
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
