@@ -1,4 +1,8 @@
-"""Our ops beside what torch offers for the same mathematics, forward and backward."""
+"""Our ops beside what torch offers for the same mathematics, forward and backward.
+
+As in training: gradients of weights end up added to buffers. Ours do that themselves; for torch's
+megatron-core's hook adds them, and `_forward_backward` does here.
+"""
 
 from collections.abc import Callable
 
@@ -40,15 +44,15 @@ def _cases() -> dict[str, tuple[Function, Function, list[Tensor]]]:
     cases["head and loss: linear, cross_entropy"] = (
         lambda x, weight: functional.cross_entropy(x @ weight.t(), labels),
         lambda x, weight: linear_cross_entropy(x, weight, labels).mean(),
-        [_random(1024, 256), _random(8192, 256)],
+        [_random(1024, 256), _weight(8192, 256)],
     )
     cases["RMSNorm: torch.rms_norm"] = (
         lambda x, weight: functional.rms_norm(x, (256,), weight, 1e-6),
         lambda x, weight: rms_norm(x, weight, 1e-6),
-        [_random(1024, 256), _random(256)],
+        [_random(1024, 256), _weight(256)],
     )
     counts = torch.full((160,), 38)
-    experts = [_random(38 * 160, 256), _random(160, 192, 256), _random(160, 256, 96)]
+    experts = [_random(38 * 160, 256), _weight(160, 192, 256), _weight(160, 256, 96)]
     cases["160 experts of 38 rows: grouped_mm"] = (
         _experts_by_grouped_mm(counts),
         lambda x, fc1, fc2: grouped_experts(
@@ -83,11 +87,25 @@ def _experts_by_grouped_mm(counts: Tensor) -> Function:
 
 def _forward_backward(function: Function, inputs: list[Tensor]) -> Callable[[], None]:
     def call() -> None:
+        weights = [tensor for tensor in inputs if hasattr(tensor, "main_grad")]
+        for weight in weights:
+            weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         out = function(*inputs)
-        torch.autograd.grad(out, inputs, torch.ones_like(out))
+        out.backward(torch.ones_like(out))
+        for weight in weights:
+            if not weight.grad_added_to_main_grad:  # type: ignore[attr-defined]
+                weight.main_grad.add_(weight.grad)
+        for tensor in inputs:
+            tensor.grad = None
 
     return call
 
 
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, requires_grad=True)
+
+
+def _weight(*shape: int) -> Tensor:
+    weight = _random(*shape)
+    weight.main_grad = torch.zeros(shape)  # type: ignore[attr-defined]
+    return weight
