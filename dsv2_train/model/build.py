@@ -1,5 +1,6 @@
 """The chunk of the model that one rank holds."""
 
+from functools import partial
 from math import isclose
 from typing import Any
 
@@ -9,6 +10,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import nn
 
 from dsv2_train.config.run import RunConfig
+from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.distributed.sharding import GlobalTensor, tag
 from dsv2_train.model.gpt import DeepSeekV2Model, OutputHead
 from dsv2_train.model.implementation import Choice
@@ -16,7 +18,7 @@ from dsv2_train.model.initialize import initialize
 from dsv2_train.model.layer_spec import block_spec
 from dsv2_train.model.modules.linears import replace_linears
 from dsv2_train.model.transformer_config import build_transformer_config
-from dsv2_train.recipe.yarn import softmax_scale
+from dsv2_train.recipe.yarn import frequency_ratios, rotary_scale, softmax_scale
 
 
 def build_model(
@@ -57,8 +59,9 @@ def build_model(
     if model.post_process:
         model.output_layer = OutputHead(model.output_layer.weight)
     tag_parameters(model, first_layer, groups.ep.rank(), groups.ep.size())
-    _check_softmax_scale(model, config)
+    _check_softmax_scale(model, config.model)
     if device.type != "meta":
+        _check_rotation(model, config.model)
         initialize(model, config.run.seed, config.model.init_std)
     return model
 
@@ -85,14 +88,37 @@ def _global_name(local_name: str, first_layer: int) -> str:
     return ".".join(parts)
 
 
-def _check_softmax_scale(model: nn.Module, config: RunConfig) -> None:
+def _check_softmax_scale(model: nn.Module, config: ModelConfig) -> None:
     """Hold megatron-core's softmax scale against the paper's, whatever its YaRN defaults become.
 
     Raises:
         RuntimeError: if they differ; 0.16.1 applies the YaRN temperature even to plain RoPE.
     """
-    expected = softmax_scale(config.model)
+    expected = softmax_scale(config)
     for name, module in model.named_modules():
         if isinstance(module, MLASelfAttention) and not isclose(module.softmax_scale, expected):
             found = module.softmax_scale
             raise RuntimeError(f"{name}: softmax scale {found}, must be {expected}")
+
+
+def _check_rotation(model: nn.Module, config: ModelConfig) -> None:
+    """Hold megatron-core's frequencies and its factor on cos and sin against the paper's.
+
+    Raises:
+        RuntimeError: if they differ by more than its fp32 arithmetic explains.
+    """
+    width = config.qk_rope_head_dim
+    plain = [config.rope_theta ** (-2 * j / width) for j in range(width // 2)]
+    factor, ratios = 1.0, (1.0,) * len(plain)
+    if config.yarn is not None:
+        factor = rotary_scale(config.yarn)
+        ratios = frequency_ratios(config.yarn, config.rope_theta, width)
+    expected = [factor, *(theta * ratio for theta, ratio in zip(plain, ratios, strict=True))]
+    for name, module in model.named_modules():
+        if not isinstance(module, MLASelfAttention):
+            continue
+        angles, found_factor = module.rotary_pos_emb(2)
+        found = [found_factor, *angles[1, 0, 0, : width // 2].tolist()]
+        # fp32 of theta's power and of the ramp: a few units in the last place of 6e-8.
+        if not all(map(partial(isclose, rel_tol=1e-5), found, expected)):
+            raise RuntimeError(f"{name}: rotates by {found} a position, must be {expected}")
