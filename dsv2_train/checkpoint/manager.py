@@ -1,6 +1,5 @@
 """Save a run's state so that it is there entirely or not at all, and restore the newest."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,21 +28,6 @@ from dsv2_train.distributed.sharding import Piece
 
 
 @dataclass(frozen=True)
-class SaveRecord:
-    """What a save took.
-
-    Attributes:
-        path: the checkpoint.
-        duration_s: wall time of the whole save on this rank.
-        size_bytes: bytes of all ranks' data files.
-    """
-
-    path: Path
-    duration_s: float
-    size_bytes: int
-
-
-@dataclass(frozen=True)
 class _Written:
     """What one rank wrote."""
 
@@ -67,7 +51,6 @@ class CheckpointManager:
     ) -> None:
         self.folder = folder
         self.every_steps = every_steps
-        self.last_save: SaveRecord | None = None
         self._ranks = Ranks(group)
 
     def due(self, step: int) -> bool:
@@ -77,7 +60,7 @@ class CheckpointManager:
     def save(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> Path:
         """Write a checkpoint; nothing is gathered, every rank writes the ranges it owns.
 
-        A complete checkpoint of this step is left as it is. `last_save` tells what the save took.
+        A complete checkpoint of this step is left as it is.
 
         Args:
             state: the clock, equal on all ranks.
@@ -94,7 +77,6 @@ class CheckpointManager:
         Note:
             Collective over all ranks. Host memory: a few MiB, and 68 MiB if pieces are on a device.
         """
-        start_s = time.perf_counter()
         final = layout.step_folder(self.folder, state.step)
         if self._ranks.first(lambda: layout.is_complete(final)):
             return final
@@ -105,7 +87,7 @@ class CheckpointManager:
 
         temporary = self._ranks.reduce(lambda: ranges_of(pieces), prepare)
 
-        def publish(written: list[_Written]) -> int:
+        def publish(written: list[_Written]) -> None:
             contents = {
                 layout.METADATA: metadata_bytes(
                     (rank.file, *place) for rank in written for place in rank.places
@@ -114,10 +96,8 @@ class CheckpointManager:
                 layout.STATE: state.to_json().encode(),
             }
             folders.publish(temporary, _manifest(state.step, written), contents)
-            return sum(rank.entry.size_bytes for rank in written)
 
-        size_bytes = self._ranks.reduce(lambda: self._write(temporary, pieces), publish)
-        self.last_save = SaveRecord(final, time.perf_counter() - start_s, size_bytes)
+        self._ranks.reduce(lambda: self._write(temporary, pieces), publish)
         return final
 
     def restore(self, pieces: Sequence[Piece]) -> TrainState | None:

@@ -27,6 +27,11 @@ class RunSection(Section):
         """Where everything this run writes is."""
         return Path(self.dir) / self.name
 
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where its checkpoints are."""
+        return self.folder / "checkpoints"
+
 
 class RunConfig(Section):
     """Everything that decides what a run does."""

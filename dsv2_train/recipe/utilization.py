@@ -1,4 +1,4 @@
-"""From tokens per second to model TFLOP/s and MFU; never a guess about an unknown device."""
+"""From tokens per second to model TFLOP/s, and the peaks of devices; never a guess."""
 
 import re
 
@@ -37,9 +37,3 @@ def peak_tflops(device: str, precision: str) -> float | None:
 def model_tflops(training_flops_per_token: float, tokens_per_s: float, num_devices: int) -> float:
     """Model TFLOP/s of each device; the two first arguments are those of the whole model."""
     return training_flops_per_token * tokens_per_s / num_devices / 1e12
-
-
-def mfu(tflops_per_device: float, device: str, precision: str) -> float | None:
-    """Share of the peak that the model's operations reach, 0 to 1; None where it is not known."""
-    peak = peak_tflops(device, precision)
-    return None if peak is None else tflops_per_device / peak

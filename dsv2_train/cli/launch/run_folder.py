@@ -13,8 +13,6 @@ from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.run import RunConfig
 from dsv2_train.recipe.clock import Schedule
 
-CHECKPOINTS = "checkpoints"
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -121,7 +119,7 @@ def inspect(config: RunConfig, overrides: Sequence[str] = ()) -> Launch:
         allowed = "must be bf16 or fp32: fp64 serves comparisons of gradients, nothing trains in it"
         problems.append(Problem("recipe.precision", "fp64", allowed))
     folder = config.run.folder
-    checkpoint = layout.latest_complete(folder / CHECKPOINTS)
+    checkpoint = layout.latest_complete(config.run.checkpoint_folder)
     found: list[Change] = []
     if checkpoint is not None:
         found = changes(read_values(checkpoint / layout.CONFIG), config.model_dump(mode="json"))

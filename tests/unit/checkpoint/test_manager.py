@@ -104,7 +104,7 @@ def cut(data: Tensor, edges: list[int]) -> list[Piece]:
     ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     numel=st.integers(1, 40),
     written=st.lists(st.integers(0, 40), max_size=5),
@@ -139,14 +139,10 @@ def test_empty_pieces_are_no_trouble(manager: CheckpointManager) -> None:
     assert manager.restore([empty, *pieces_of(values)]) == STATE
 
 
-def test_what_a_save_took(manager: CheckpointManager, saved: Path) -> None:
-    record = manager.last_save
-    assert record is not None
-    assert record.path == saved
-    assert 0 < record.duration_s < 60
-    assert record.size_bytes == (saved / layout.data_file(0)).stat().st_size
+def test_a_data_file_is_the_state_and_a_header_a_piece(saved: Path) -> None:
+    size_bytes = (saved / layout.data_file(0)).stat().st_size
     state_bytes = sum(value.nbytes for value in tensors().values())
-    assert record.size_bytes - state_bytes < 400 * len(tensors()), "a header a piece"
+    assert 0 <= size_bytes - state_bytes < 400 * len(tensors())
 
 
 def test_a_complete_checkpoint_is_not_written_again(

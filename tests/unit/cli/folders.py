@@ -38,7 +38,7 @@ def write_data_folder(folder: Path, vocab_size: int) -> None:
 
 def write_checkpoint(config: RunConfig, step: int) -> Path:
     """A run folder's complete checkpoint, as far as a launch looks into it."""
-    folder = layout.step_folder(config.run.folder / "checkpoints", step)
+    folder = layout.step_folder(config.run.checkpoint_folder, step)
     folder.mkdir(parents=True)
     (folder / layout.CONFIG).write_text(to_yaml(config))
     (folder / layout.MARKER).write_text("")
