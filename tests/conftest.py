@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.helpers.world import World
 
@@ -20,6 +21,9 @@ IMPORT_WARNINGS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Cores are shared with ranks of other tests: how long an example takes says nothing.
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
     for line in IMPORT_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 

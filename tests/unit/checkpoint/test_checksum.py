@@ -68,7 +68,7 @@ def test_equals_its_definition_over_many_rows() -> None:
     assert tensor_checksum(data, 11) == by_definition(data, 11)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     numel=st.integers(1, 3 * COLUMNS),
     dtype=st.sampled_from(DTYPES),
@@ -85,7 +85,7 @@ def test_parts_add_up_to_the_whole(
     assert add_checksums(parts) == tensor_checksum(data)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(numel=st.integers(2, 2 * COLUMNS), dtype=st.sampled_from(DTYPES), data=st.data())
 def test_a_flipped_bit_is_noticed(numel: int, dtype: torch.dtype, data: st.DataObject) -> None:
     tensor = random_bits(numel, dtype)
@@ -97,7 +97,7 @@ def test_a_flipped_bit_is_noticed(numel: int, dtype: torch.dtype, data: st.DataO
     assert tensor_checksum(tensor) != before
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(numel=st.integers(2, 2 * COLUMNS), dtype=st.sampled_from(DTYPES[:-1]), draw=st.data())
 def test_swapped_elements_are_noticed(numel: int, dtype: torch.dtype, draw: st.DataObject) -> None:
     tensor = random_bits(numel, dtype)

@@ -125,7 +125,7 @@ def test_coverage(ranges: list[Range], said: str | None) -> None:
     assert said in str(error.value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     numel=st.integers(1, 12),
     ranges=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 12)), max_size=6),

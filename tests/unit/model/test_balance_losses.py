@@ -38,7 +38,7 @@ def by_equation(s: torch.Tensor, chosen: torch.Tensor, d: int, m: int) -> tuple[
     seed=st.integers(0, 2**31),
     data=st.data(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_losses_equal_the_equations(
     d: int, size: int, tokens: int, sequences: int, seed: int, data: st.DataObject
 ) -> None:
@@ -68,8 +68,6 @@ def test_perfect_balance_gives_one_each() -> None:
     assert [losses.expert.item(), losses.device.item(), losses.communication.item()] == (
         pytest.approx([1.0, 1.0, 1.0])
     )
-    alphas = (0.003, 0.05, 0.02)
-    assert sum(alphas) == pytest.approx(0.073)
 
 
 def test_all_tokens_on_one_device() -> None:

@@ -15,8 +15,7 @@ from dsv2_train.distributed.sharding import GlobalTensor, whole_of
 from dsv2_train.model.build import build_model
 from dsv2_train.model.implementation import choose
 from dsv2_train.recipe.parameters import stage_parameters
-
-Shape = tuple[int, ...]
+from tests.helpers.released import Shape, released_tensors
 
 
 def experiment(name: str, *overrides: str) -> RunConfig:
@@ -43,39 +42,6 @@ def shards() -> dict[int, list[tuple[GlobalTensor, int]]]:
     return found
 
 
-def released_tensors() -> dict[str, Shape]:
-    """Names and shapes of the released DeepSeek-V2, from the table of the facts sheet (7.1)."""
-    hidden, vocab, width = 5120, 102400, 1536
-    tensors: dict[str, Shape] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "lm_head.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for layer in range(60):
-        prefix = f"model.layers.{layer}"
-        tensors |= {
-            f"{prefix}.input_layernorm.weight": (hidden,),
-            f"{prefix}.post_attention_layernorm.weight": (hidden,),
-            f"{prefix}.self_attn.q_a_proj.weight": (1536, hidden),
-            f"{prefix}.self_attn.q_a_layernorm.weight": (1536,),
-            f"{prefix}.self_attn.q_b_proj.weight": (24576, 1536),
-            f"{prefix}.self_attn.kv_a_proj_with_mqa.weight": (576, hidden),
-            f"{prefix}.self_attn.kv_a_layernorm.weight": (512,),
-            f"{prefix}.self_attn.kv_b_proj.weight": (32768, 512),
-            f"{prefix}.self_attn.o_proj.weight": (hidden, 16384),
-        }
-        mlps = {f"{prefix}.mlp": 12288}
-        if layer > 0:
-            tensors[f"{prefix}.mlp.gate.weight"] = (160, hidden)
-            mlps = {f"{prefix}.mlp.experts.{expert}": width for expert in range(160)}
-            mlps[f"{prefix}.mlp.shared_experts"] = 2 * width
-        for name, size in mlps.items():
-            tensors[f"{name}.gate_proj.weight"] = (size, hidden)
-            tensors[f"{name}.up_proj.weight"] = (size, hidden)
-            tensors[f"{name}.down_proj.weight"] = (hidden, size)
-    return tensors
-
-
 def test_all_shards_of_236b_are_exactly_the_released_tensors(
     shards: dict[int, list[tuple[GlobalTensor, int]]],
 ) -> None:
@@ -94,7 +60,7 @@ def test_all_shards_of_236b_are_exactly_the_released_tensors(
         for name, shape in whole.items()
         for tensor in hf_tensors(name, shape)
     }
-    assert ours == released_tensors()
+    assert ours == released_tensors(experiment("dsv2_236b_pretrain").model)
     assert len(ours) == 29_102
     assert sum(torch.Size(shape).numel() for shape in ours.values()) == 235_741_434_880
 

@@ -36,7 +36,7 @@ def routings(draw: st.DrawFn) -> tuple[torch.Tensor, int, int, int]:
 
 
 @given(routings())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_selection_equals_the_reference(case: tuple[torch.Tensor, int, int, int]) -> None:
     affinities, groups, limit, top_k = case
     selected = select_experts(affinities, groups, limit, top_k)

@@ -29,7 +29,7 @@ def random_heads(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     num_positions=st.sampled_from([1, 2, 7, 8, 9, 17]),
     num_samples=st.integers(1, 2),

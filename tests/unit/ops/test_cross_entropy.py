@@ -20,7 +20,7 @@ def lose(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.T
     return torch.stack(losses).view(labels.shape)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     num_positions=st.integers(1, 9),
     num_samples=st.integers(1, 2),

@@ -41,7 +41,7 @@ def random_inputs(
     return x, fc1, fc2, gates
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tokens_per_expert=st.lists(st.integers(0, 5), min_size=1, max_size=6))
 def test_loop_equals_the_equation(tokens_per_expert: list[int]) -> None:
     x, fc1, fc2, gates = inputs = random_inputs(tokens_per_expert)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from dsv2_train.ops.permute import gather_gates, permute, row_plan, unpermute
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_tokens=st.integers(1, 7),
     num_experts=st.integers(1, 6),

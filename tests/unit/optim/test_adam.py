@@ -39,7 +39,7 @@ def train(adam: Adam | torch.optim.Optimizer, params: list[Tensor], steps: range
         adam.step()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=6),
     beta1=st.sampled_from([0.0, 0.9]),

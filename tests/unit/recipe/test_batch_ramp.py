@@ -5,7 +5,7 @@ from itertools import pairwise
 from math import floor
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
@@ -61,13 +61,11 @@ def replay(recipe: RecipeConfig, num_steps: int, consumed_samples: int = 0) -> l
     return trace
 
 
-@settings(deadline=None)
 @given(recipes(), st.integers(0, 4000))
 def test_batch_size_is_the_line_rounded_down(recipe: RecipeConfig, consumed_samples: int) -> None:
     assert batch_size_at(recipe, consumed_samples) == size_by_formula(recipe, consumed_samples)
 
 
-@settings(deadline=None)
 @given(recipes(), st.integers(0, 300))
 def test_lookups_equal_a_replay(recipe: RecipeConfig, step: int) -> None:
     replayed = replay(recipe, step)
@@ -77,7 +75,6 @@ def test_lookups_equal_a_replay(recipe: RecipeConfig, step: int) -> None:
     assert trace.consumed_tokens(step) == replayed[-1] * recipe.sequence_length
 
 
-@settings(deadline=None)
 @given(recipes(), st.integers(0, 2000))
 def test_samples_between_two_steps(recipe: RecipeConfig, samples: int) -> None:
     trace = BatchTrace(recipe)
@@ -85,7 +82,6 @@ def test_samples_between_two_steps(recipe: RecipeConfig, samples: int) -> None:
     assert trace.consumed_samples(step) <= samples < trace.consumed_samples(step + 1)
 
 
-@settings(deadline=None)
 @given(recipes(), st.integers(0, 5000))
 def test_steps_to_consume_is_the_first_step_with_enough(
     recipe: RecipeConfig, num_tokens: int
@@ -96,7 +92,6 @@ def test_steps_to_consume_is_the_first_step_with_enough(
     assert step == 0 or trace.consumed_tokens(step - 1) < num_tokens
 
 
-@settings(deadline=None)
 @given(recipes(), st.integers(0, 100), st.integers(0, 100))
 def test_a_trace_from_the_middle_of_a_run_is_the_rest_of_it(
     recipe: RecipeConfig, middle: int, further: int
@@ -106,7 +101,6 @@ def test_a_trace_from_the_middle_of_a_run_is_the_rest_of_it(
     assert rest.consumed_samples(middle + further) == whole.consumed_samples(middle + further)
 
 
-@settings(deadline=None)
 @given(recipes(), st.integers(0, 2000), st.integers(0, 100))
 def test_a_trace_from_anywhere_follows_the_recipe_from_there(
     recipe: RecipeConfig, consumed_samples: int, num_steps: int
@@ -116,7 +110,6 @@ def test_a_trace_from_anywhere_follows_the_recipe_from_there(
     assert [trace.consumed_samples(7 + n) for n in range(num_steps + 1)] == replayed
 
 
-@settings(deadline=None)
 @given(recipes())
 def test_segments_are_as_few_as_the_sizes(recipe: RecipeConfig) -> None:
     sizes = [segment.batch_size for segment in BatchTrace(recipe).segments]

@@ -1,7 +1,7 @@
 """A run driven by its clock against a run replayed from the paper's words."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2_train.config.run import RunConfig
@@ -62,7 +62,6 @@ def test_every_clock_of_a_run_foresees_its_end() -> None:
     assert {schedule.last_step(clock) for clock in seen} == {seen[-1].step}
 
 
-@settings(deadline=None)
 @given(st.integers(0, 250_000))
 def test_clock_at_is_the_first_with_enough_tokens(num_tokens: int) -> None:
     schedule = schedule_of(SHORT)

@@ -1,7 +1,7 @@
 """Operations per token against published figures and a count by hand."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2_train.recipe.flops import (
@@ -15,7 +15,6 @@ V2 = preset("dsv2_236b_pretrain")
 LITE = preset("dsv2_lite_pretrain")
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 32), st.integers(1, 32), st.integers(1, 64))
 def test_attention_core_by_counting(heads: int, qk: int, v: int, length: int) -> None:
     """Position t multiplies and adds over qk channels for t scores and over t keys for v values."""

@@ -3,7 +3,7 @@
 from decimal import Decimal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2_train.config.run import RunConfig
@@ -29,7 +29,6 @@ def rate(config: RunConfig, step: int, consumed_tokens: int) -> float:
     )
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300_000), st.integers(0, 9 * 10**12))
 def test_the_paper_formula(step: int, consumed_tokens: int) -> None:
     n, c = Decimal(step + 1), Decimal(consumed_tokens)

@@ -1,10 +1,9 @@
 """Parameter counts against the released checkpoints and against a list of their tensors."""
 
-from collections.abc import Iterator
 from math import prod
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2_train.config.sections.model import ModelConfig
@@ -16,47 +15,11 @@ from dsv2_train.recipe.parameters import (
     stage_layer_ranges,
     stage_parameters,
 )
+from tests.helpers.released import released_tensors
 from tests.unit.recipe.presets import preset
 
 V2 = preset("dsv2_236b_pretrain")
 LITE = preset("dsv2_lite_pretrain")
-
-
-def checkpoint_tensors(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the Hugging Face checkpoint, as its files list them (facts 7.1)."""
-    d, heads, e = model.hidden_size, model.num_attention_heads, model.moe_intermediate_size
-    yield "embed_tokens", (model.vocab_size, d)
-    yield "lm_head", (model.vocab_size, d)
-    yield "norm", (d,)
-    for layer in range(model.num_layers):
-        p = f"layers.{layer}"
-        yield f"{p}.input_layernorm", (d,)
-        yield f"{p}.post_attention_layernorm", (d,)
-        query = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
-        if model.q_lora_rank is None:
-            yield f"{p}.q_proj", (query, d)
-        else:
-            yield f"{p}.q_a_proj", (model.q_lora_rank, d)
-            yield f"{p}.q_a_layernorm", (model.q_lora_rank,)
-            yield f"{p}.q_b_proj", (query, model.q_lora_rank)
-        yield f"{p}.kv_a_proj_with_mqa", (model.kv_lora_rank + model.qk_rope_head_dim, d)
-        yield f"{p}.kv_a_layernorm", (model.kv_lora_rank,)
-        value = heads * (model.qk_nope_head_dim + model.v_head_dim)
-        yield f"{p}.kv_b_proj", (value, model.kv_lora_rank)
-        yield f"{p}.o_proj", (d, heads * model.v_head_dim)
-        if layer < model.num_dense_layers:
-            yield from swiglu(f"{p}.mlp", d, model.intermediate_size)
-            continue
-        yield f"{p}.mlp.gate", (model.num_routed_experts, d)
-        yield from swiglu(f"{p}.mlp.shared_experts", d, model.num_shared_experts * e)
-        for expert in range(model.num_routed_experts):
-            yield from swiglu(f"{p}.mlp.experts.{expert}", d, e)
-
-
-def swiglu(name: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.gate_proj", (width, hidden)
-    yield f"{name}.up_proj", (width, hidden)
-    yield f"{name}.down_proj", (hidden, width)
 
 
 @st.composite
@@ -84,10 +47,9 @@ def models(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(deadline=None)
 @given(models())
 def test_total_equals_the_checkpoint(model: ModelConfig) -> None:
-    elements = sum(prod(shape) for _, shape in checkpoint_tensors(model))
+    elements = sum(map(prod, released_tensors(model).values()))
     assert model_parameters(model).total == elements
 
 
@@ -96,7 +58,7 @@ def test_total_equals_the_checkpoint(model: ModelConfig) -> None:
     [(V2.model, 29_102, 235_741_434_880), (LITE.model, 5_291, 15_706_484_224)],
 )
 def test_the_published_models(model: ModelConfig, tensors: int, total: int) -> None:
-    shapes = dict(checkpoint_tensors(model))
+    shapes = released_tensors(model)
     assert len(shapes) == tensors
     assert model_parameters(model).total == sum(map(prod, shapes.values())) == total
 
@@ -155,7 +117,6 @@ def test_the_ranks_hold_the_model(world_size: int) -> None:
     assert replicated == 13_023_892_480 * parallel.dp
 
 
-@settings(deadline=None)
 @given(models(), st.data())
 def test_stages_add_up_and_hold_the_ends(model: ModelConfig, data: st.DataObject) -> None:
     pp = data.draw(st.integers(1, model.num_layers))

@@ -1,7 +1,7 @@
 """The rank map against megatron-core's own rank generator."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 
@@ -23,7 +23,6 @@ def positions(groups: list[list[int]]) -> dict[int, int]:
     return {rank: position for group in groups for position, rank in enumerate(group)}
 
 
-@settings(deadline=None)
 @given(layouts())
 def test_coordinates_equal_megatron_core(parallel: ParallelConfig) -> None:
     dense = RankGenerator(1, 1, parallel.dp, parallel.pp, 1, ORDER)
@@ -44,7 +43,6 @@ def test_coordinates_equal_megatron_core(parallel: ParallelConfig) -> None:
         assert rank == (found.pp_rank * parallel.edp + found.edp_rank) * parallel.ep + found.ep_rank
 
 
-@settings(deadline=None)
 @given(layouts())
 def test_groups_equal_megatron_core(parallel: ParallelConfig) -> None:
     expert = RankGenerator(1, parallel.ep, parallel.edp, parallel.pp, 1, ORDER)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_find_correction_range,
@@ -62,7 +62,6 @@ def test_cos_and_sin_are_scaled_only_when_the_mscales_differ() -> None:
     assert rotary_scale(other) == pytest.approx(1.3689, abs=5e-5)
 
 
-@settings(deadline=None)
 @given(
     factor=st.floats(1.0, 100.0),
     positions=st.integers(16, 32768),
