@@ -47,7 +47,17 @@ def test_the_236b_experiment_is_the_papers() -> None:
     assert recipe.batch_ramp is not None
     assert (recipe.batch_ramp.start_batch_size, recipe.global_batch_size) == (2304, 9216)
     assert recipe.batch_ramp.ramp_tokens == 225e9
-    alphas = (recipe.expert_balance_alpha, recipe.device_balance_alpha)
-    assert (*alphas, recipe.communication_balance_alpha) == (0.003, 0.05, 0.02)
     assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay) == (0.9, 0.95, 0.1)
     assert config.optim.clip_grad_norm == 1.0
+
+
+@pytest.mark.parametrize(
+    ("experiment", "alphas"),
+    [("dsv2_236b_pretrain", (0.003, 0.05, 0.02)), ("dsv2_lite_pretrain", (0.001, 0.0, 0.0))],
+)
+def test_the_balance_factors_are_the_papers(
+    experiment: str, alphas: tuple[float, float, float]
+) -> None:
+    recipe = resolve([f"experiment={experiment}"], need_data=False).recipe
+    found = (recipe.expert_balance_alpha, recipe.device_balance_alpha)
+    assert (*found, recipe.communication_balance_alpha) == alphas

@@ -14,6 +14,7 @@ from tests.house.source import PACKAGE, ROOT, tree
 
 PAPER_MAP = ROOT / "docs" / "paper_map.md"
 README = ROOT / "README.md"
+JOURNEY = ROOT / "docs" / "journey.md"
 FOLDERS = ("benchmarks", "docker", "docs", "kernels")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
 MAX_WORDS = 8
@@ -90,6 +91,17 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     told = {file for file in tree_of_readme() if file.startswith("dsv2_train/")}
     assert sorted(told - there) == [], "in README.md only"
     assert sorted(there - told) == [], "missing in README.md"
+
+
+def test_the_journey_lists_the_files_that_name_megatron_core() -> None:
+    names = re.compile(r"^\s*(from|import) megatron\b|\"megatron\.", re.MULTILINE)
+    there = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if names.search(path.read_text())
+    }
+    section = JOURNEY.read_text().split("## Where megatron-core is named")[1].split("\n## ")[0]
+    assert set(re.findall(r"`([\w/]+\.py)`", section)) == there
 
 
 def test_a_file_is_described_in_few_words() -> None:
