@@ -1,7 +1,7 @@
 """megatron-core's own GPTModel: local layer spec, SequentialMLP, all-to-all dispatcher, ZeRO-1.
 
 Unmodified but for what it cannot do without: the answers of `distributed.cpu_ranks` on a machine
-without CUDA, two of the same kind for its gradient clipping (ours is not megatron-core's), and a
+without CUDA, the same for its optimizer and gradient clipping (ours are not megatron-core's), and a
 core attention, because the local `DotProductAttention` of 0.16.1 refuses the two head widths of
 MLA. That one is torch's SDPA, as a user would write it.
 """
@@ -18,6 +18,8 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MLATransformerConfig
@@ -28,6 +30,7 @@ from typing_extensions import override
 from benchmarks.contender import Batch, Contender
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.sections.model import ModelConfig
+from dsv2_train.distributed.cpu_ranks import rewrite_constants
 
 
 class MegatronPeer(Contender):
@@ -59,7 +62,7 @@ class MegatronPeer(Contender):
             pg_collection=groups,
         )
         _copy_weights(weights, model)
-        _clip_on_cpu()
+        _optimize_on_cpu()
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True
         )
@@ -157,15 +160,21 @@ def _transformer_config(model: ModelConfig) -> MLATransformerConfig:
     )
 
 
-def _clip_on_cpu() -> None:
-    """`device="cuda"` and `torch.cuda.FloatTensor` in megatron-core's gradient clipping."""
-    if torch.cuda.is_available():
+def _optimize_on_cpu() -> None:
+    """`device="cuda"` and tensor type names in megatron-core's optimizer and clipping, once."""
+    init = MixedPrecisionOptimizer.__init__
+    if torch.cuda.is_available() or "cuda" not in init.__code__.co_consts:
         return
-    answers = {"cuda": "cpu", "torch.cuda.FloatTensor": "torch.FloatTensor"}
-    norm, clip = clip_grads.get_grad_norm_fp32, clip_grads.clip_grad_by_total_norm_fp32
-    for function in (norm, clip, clip_grads.l2_norm_impl):
-        constants = (answers.get(value, value) for value in function.__code__.co_consts)
-        function.__code__ = function.__code__.replace(co_consts=tuple(constants))
+    names = ("FloatTensor", "HalfTensor", "BFloat16Tensor")
+    rewrite_constants(
+        {"cuda": "cpu"} | {f"torch.cuda.{name}": f"torch.{name}" for name in names},
+        init,
+        DistributedOptimizer.__init__,
+        DistributedOptimizer._build_model_and_main_param_groups.__func__,
+        clip_grads.get_grad_norm_fp32,
+        clip_grads.clip_grad_by_total_norm_fp32,
+        clip_grads.l2_norm_impl,
+    )
 
 
 class _SdpaCoreAttention(nn.Module):

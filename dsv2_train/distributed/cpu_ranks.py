@@ -1,8 +1,8 @@
 """What megatron-core 0.16.1 takes from CUDA, answered on a machine without CUDA.
 
 Every answer is one function that names the megatron-core symbols it serves. With all of them
-installed, the process groups, the schedules, the all-to-all dispatcher, DistributedDataParallel and
-the DistributedOptimizer run unchanged on CPU ranks over gloo.
+installed, the process groups, the schedules, the all-to-all dispatcher and DistributedDataParallel
+run unchanged on CPU ranks over gloo.
 """
 
 import contextlib
@@ -11,12 +11,9 @@ from collections.abc import Callable
 from types import FunctionType
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import multi_latent_attention
-from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 
@@ -73,24 +70,11 @@ def answer_random_state() -> None:
 
 
 def answer_device_literals() -> None:
-    """`device="cuda"` in the schedules' token counts, in the optimizer and in causal masks."""
-    _rewrite_constants(
+    """`device="cuda"` in the token counts of the two schedules that `pipeline` uses."""
+    rewrite_constants(
         {"cuda": "cpu"},
         schedules.forward_backward_no_pipelining,
         schedules.forward_backward_pipelining_without_interleaving,
-        schedules.forward_backward_pipelining_with_interleaving,
-        MixedPrecisionOptimizer.__init__,
-        transformer_utils.get_default_causal_mask,
-    )
-
-
-def answer_tensor_type_names() -> None:
-    """`torch.cuda.FloatTensor` and its kin, which the DistributedOptimizer tells dtypes by."""
-    names = ("FloatTensor", "HalfTensor", "BFloat16Tensor")
-    _rewrite_constants(
-        {f"torch.cuda.{name}": f"torch.{name}" for name in names},
-        DistributedOptimizer.__init__,
-        DistributedOptimizer._build_model_and_main_param_groups.__func__,
     )
 
 
@@ -114,12 +98,37 @@ def answer_undefined_names() -> None:
         _replace(multi_latent_attention, HAVE_TE=False)
 
 
+def rewrite_constants(new: dict[str, str], *functions: FunctionType) -> None:
+    """Exchange string constants in compiled functions, in place.
+
+    Args:
+        new: what takes the place of which constant, in tuples too.
+        functions: what to change; every caller sees it.
+
+    Raises:
+        LookupError: for a function that has none of them any more.
+    """
+
+    def exchange(constant: object) -> object:
+        if isinstance(constant, tuple):
+            return tuple(exchange(item) for item in constant)
+        return new.get(constant, constant) if isinstance(constant, str) else constant
+
+    for function in functions:
+        constants = exchange(function.__code__.co_consts)
+        assert isinstance(constants, tuple)
+        if constants == function.__code__.co_consts:
+            raise LookupError(
+                f"{function.__qualname__}: none of {list(new)} in it; drop its answer"
+            )
+        function.__code__ = function.__code__.replace(co_consts=constants)
+
+
 ANSWERS: tuple[Callable[[], None], ...] = (
     answer_current_device,
     answer_streams,
     answer_random_state,
     answer_device_literals,
-    answer_tensor_type_names,
     answer_split_sizes,
 )
 
@@ -170,25 +179,3 @@ def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False
 def _replace(owner: object, **attributes: object) -> None:
     for name, value in attributes.items():
         setattr(owner, name, value)
-
-
-def _rewrite_constants(new: dict[str, str], *functions: FunctionType) -> None:
-    """Exchange string constants in compiled functions, in place.
-
-    Raises:
-        LookupError: for a function that has none of them any more.
-    """
-
-    def exchange(constant: object) -> object:
-        if isinstance(constant, tuple):
-            return tuple(exchange(item) for item in constant)
-        return new.get(constant, constant) if isinstance(constant, str) else constant
-
-    for function in functions:
-        constants = exchange(function.__code__.co_consts)
-        assert isinstance(constants, tuple)
-        if constants == function.__code__.co_consts:
-            raise LookupError(
-                f"{function.__qualname__}: none of {list(new)} in it; drop its answer"
-            )
-        function.__code__ = function.__code__.replace(co_consts=constants)
