@@ -16,7 +16,7 @@ def select_experts(
     DeepSeek-V3's rule). Ties go to the lower index, of groups and of experts.
 
     Args:
-        affinities: [T, E] float, softmax over all routed experts.
+        affinities: [T, E] float, softmax over all routed experts, so not negative.
         num_device_groups: D; experts are laid out contiguously, E % D == 0.
         num_limited_devices: M.
         top_k: K, at most M * E / D.
@@ -40,8 +40,17 @@ def select_experts(
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the largest entries of each row; `topk` would break ties arbitrarily."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    """Indices of the largest entries of each row; `topk` alone would break ties arbitrarily.
+
+    The bits of a float that is not negative order as the float does: with the index below them,
+    reversed, no two keys of a row are equal.
+    """
+    if scores.dtype is not torch.float32:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    last = scores.size(1) - 1
+    reversed_index = torch.arange(last, -1, -1, device=scores.device)
+    keys = (scores.view(torch.int32).to(torch.int64) << 32) | reversed_index
+    return last - (keys.topk(count, dim=-1).values & 0xFFFFFFFF)
 
 
 def gate_values(affinities: Tensor, experts: Tensor, scaling_factor: float) -> Tensor:
