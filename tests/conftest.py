@@ -1,6 +1,6 @@
 """What every test gets: warnings are errors, except those named here; worlds of processes."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import settings
@@ -18,6 +18,22 @@ IMPORT_WARNINGS = (
     "ignore:MLP requires ffn_hidden_size:DeprecationWarning",  # of its own shared experts
     "ignore:\\s*The 'megatron.core.transformer.custom_layers:DeprecationWarning",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-skips", action="store_true", help="a skipped test fails, unless it is marked gpu"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips") and "gpu" not in item.keywords:
+        report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr}"
+    return report
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,21 +1,24 @@
 """What the sections of a configuration must agree on; each check yields the problems it finds."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 from dsv2_train.config.problems import Problem
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.sections.base import Absent
 
+Check = Callable[[RunConfig], Iterator[Problem]]
+
 
 def cross_check(config: RunConfig) -> list[Problem]:
     """Run every check; one that needs a field that is itself wrong (so absent) is passed over."""
-    problems: list[Problem] = []
-    for check in _CHECKS:
-        try:
-            problems += check(config)
-        except Absent:
-            continue
-    return problems
+    return [problem for check in _CHECKS for problem in passing_over_absent(check, config)]
+
+
+def passing_over_absent(check: Check, config: RunConfig) -> Iterator[Problem]:
+    """What a check finds before it comes to a field that is itself wrong."""
+    with contextlib.suppress(Absent):
+        yield from check(config)
 
 
 def _axes(config: RunConfig) -> Iterator[Problem]:
@@ -94,10 +97,11 @@ def _length(config: RunConfig) -> Iterator[Problem]:
 
 def _batch(config: RunConfig) -> Iterator[Problem]:
     recipe, parallel = config.recipe, config.parallel
-    if parallel.world_size % (parallel.pp * parallel.ep):
-        return
-    dp = parallel.dp
-    unit = recipe.micro_batch_size * dp
+    unit, factors = recipe.micro_batch_size, "recipe.micro_batch_size"
+    with contextlib.suppress(Absent):  # the batch must hold whole micro-batches at any layout
+        if parallel.world_size % (parallel.pp * parallel.ep) == 0:
+            unit *= parallel.dp
+            factors += f" * dp = {recipe.micro_batch_size} * {parallel.dp}"
     sizes = {
         "recipe.global_batch_size": recipe.global_batch_size,
         "recipe.eval_num_samples": recipe.eval_num_samples,
@@ -107,11 +111,7 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
         sizes["recipe.batch_ramp.multiple_of"] = recipe.batch_ramp.multiple_of
     for path, size in sizes.items():
         if size % unit:
-            allowed = (
-                f"must be a multiple of recipe.micro_batch_size * dp = "
-                f"{recipe.micro_batch_size} * {dp} = {unit}"
-            )
-            yield Problem(path, size, allowed)
+            yield Problem(path, size, f"must be a multiple of {factors} = {unit}")
 
 
 def _ramp(config: RunConfig) -> Iterator[Problem]:
@@ -142,7 +142,7 @@ def _context(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-_CHECKS: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
+_CHECKS: tuple[Check, ...] = (
     _axes,
     _world,
     _experts,

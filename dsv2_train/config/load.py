@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -73,7 +74,8 @@ def to_yaml(config: RunConfig) -> str:
 def _partial(cls: type[M], values: Mapping[str, Any], prefix: str) -> tuple[M, list[Problem]]:
     """Validate field by field, so that one wrong value does not hide the others.
 
-    A record with problems is built without its validators, from the valid fields alone.
+    The record is built without its validators, from the valid fields alone: a wrong field is
+    absent from it, and not its default, which would be held against other fields.
     """
     problems = [
         _unknown_key(f"{prefix}{key}", value, list(cls.model_fields))
@@ -81,21 +83,34 @@ def _partial(cls: type[M], values: Mapping[str, Any], prefix: str) -> tuple[M, l
         if key not in cls.model_fields
     ]
     valid: dict[str, Any] = {}
+    wrong: list[str] = []
     for name, field in cls.model_fields.items():
         path = f"{prefix}{name}"
         if name not in values or values[name] == MISSING:
             if field.is_required():
                 problems.append(missing(path))
             continue
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            valid[name], found = _section(field.annotation, values[name], path)
+        section = _section_class(field.annotation)
+        if section is not None and (values[name] is not None or field.is_required()):
+            valid[name], found = _section(section, values[name], path)
             problems += found
             continue
         try:
             valid[name] = _adapter(cls, name).validate_python(values[name])
         except ValidationError as error:
+            wrong.append(name)
             problems += [_describe(path, detail) for detail in error.errors()]
-    return cls.model_construct(**valid), problems
+    record = cls.model_construct(**valid)
+    for name in wrong:
+        record.__dict__.pop(name, None)
+    return record, problems
+
+
+def _section_class(annotation: object) -> type[Section] | None:
+    """The section in `Section` or `Section | None`."""
+    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    sections = [one for one in options if isinstance(one, type) and issubclass(one, Section)]
+    return sections[0] if sections else None
 
 
 def _section(cls: type[Section], value: object, path: str) -> tuple[Section, list[Problem]]:

@@ -8,7 +8,7 @@ from dsv2_train.cli.launch.run_folder import Launch, inspect
 from dsv2_train.cli.launch.sweep import named_runs
 from dsv2_train.cli.launch.torchrun import Outcome, run_ranks
 from dsv2_train.cli.main import report_errors
-from dsv2_train.cli.resolve import resolve
+from dsv2_train.cli.resolve import examine, resolve
 from dsv2_train.config.load import to_yaml
 from dsv2_train.config.problems import ConfigError, Problem
 
@@ -63,7 +63,7 @@ def _check_all(combinations: Sequence[Sequence[str]]) -> list[Launch]:
     problems: dict[str, Problem] = {}
     for overrides in combinations:
         try:
-            launches.append(inspect(resolve(overrides, need_data=True), overrides))
+            launches.append(inspect(*examine(overrides, need_data=True), overrides))
         except ConfigError as error:
             problems.update({str(problem): problem for problem in error.problems})
     folders = [str(launch.config.run.folder) for launch in launches]

@@ -1,13 +1,14 @@
 """A run folder and what a launch does with it: begin, go on, or say that the run is finished."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.checkpoint import layout
 from dsv2_train.cli.launch.changes import Change, changes, refused
 from dsv2_train.cli.launch.packages import missing_packages
+from dsv2_train.config.checks import passing_over_absent
 from dsv2_train.config.load import read_values, to_yaml
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.run import RunConfig
@@ -100,33 +101,46 @@ class Launch:
             raise ConfigError([Problem("run.dir", self.config.run.dir, allowed)]) from error
 
 
-def inspect(config: RunConfig, overrides: Sequence[str] = ()) -> Launch:
-    """Hold a checked configuration against its run folder and against one node.
+def inspect(
+    config: RunConfig, problems: Sequence[Problem] = (), overrides: Sequence[str] = ()
+) -> Launch:
+    """Hold a configuration against this node and against its run folder.
 
     Args:
-        config: checked.
+        config: fields that are wrong are absent from it.
+        problems: what is known to be wrong with it.
         overrides: the command line it was composed from.
 
     Raises:
-        ConfigError: if it needs more than one node, or would change what a saved run means.
+        ConfigError: with `problems`, and if it needs what is not here, or would change what a saved
+            run means.
     """
-    problems = list(missing_packages(config))
+    found = list(problems)
+    for check in (missing_packages, _one_node, _trainable):
+        found += passing_over_absent(check, config)
+    if problems:
+        raise ConfigError(found)
+    checkpoint = layout.latest_complete(config.run.checkpoint_folder)
+    changed: list[Change] = []
+    if checkpoint is not None:
+        changed = changes(read_values(checkpoint / layout.CONFIG), config.model_dump(mode="json"))
+        found += refused(changed, config.run.folder)
+    if found:
+        raise ConfigError(found)
+    return Launch(config, checkpoint, tuple(changed), tuple(overrides))
+
+
+def _one_node(config: RunConfig) -> Iterator[Problem]:
     world_size, limit = config.parallel.world_size, config.cluster.ranks_per_node
     if world_size > limit:
         allowed = f"must be at most cluster.ranks_per_node = {limit}: this launches one node"
-        problems.append(Problem("parallel.world_size", world_size, allowed))
+        yield Problem("parallel.world_size", world_size, allowed)
+
+
+def _trainable(config: RunConfig) -> Iterator[Problem]:
     if config.recipe.precision == "fp64":
         allowed = "must be bf16 or fp32: fp64 serves comparisons of gradients, nothing trains in it"
-        problems.append(Problem("recipe.precision", "fp64", allowed))
-    folder = config.run.folder
-    checkpoint = layout.latest_complete(config.run.checkpoint_folder)
-    found: list[Change] = []
-    if checkpoint is not None:
-        found = changes(read_values(checkpoint / layout.CONFIG), config.model_dump(mode="json"))
-        problems += refused(found, folder)
-    if problems:
-        raise ConfigError(problems)
-    return Launch(config, checkpoint, tuple(found), tuple(overrides))
+        yield Problem("recipe.precision", "fp64", allowed)
 
 
 def _numbered(folder: Path, prefix: str, suffix: str = "") -> Path:

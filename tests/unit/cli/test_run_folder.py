@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from dsv2_train.cli.compose import compose_values
 from dsv2_train.cli.launch.run_folder import inspect
-from dsv2_train.config.load import load_file
+from dsv2_train.config.load import check, load_file
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.config.run import RunConfig
 from tests.helpers.tiny import tiny_config
@@ -39,6 +40,14 @@ def test_a_finished_run_says_so() -> None:
     launch = inspect(config())
     assert launch.is_finished
     assert "run r is finished: 40 of 40 steps, in runs/r" in launch.describe()
+
+
+def test_what_is_known_to_be_wrong_does_not_hide_what_this_machine_lacks() -> None:
+    values, _ = compose_values(["experiment=quickstart", "parallel.pp=0", "optim.adam=apex"])
+    partial, problems = check(values)
+    with pytest.raises(ConfigError) as caught:
+        inspect(partial, problems)
+    assert [problem.path for problem in caught.value.problems] == ["parallel.pp", "optim.adam"]
 
 
 def test_a_longer_budget_makes_a_finished_run_go_on() -> None:

@@ -78,6 +78,17 @@ def test_a_wrong_world_is_not_blamed_on_the_batch() -> None:
     assert paths_of("parallel.world_size=1") == ["parallel.world_size"]
 
 
+@pytest.mark.parametrize("world_size", ["3", "x"])
+def test_a_wrong_world_does_not_hide_a_batch_of_broken_micro_batches(world_size: str) -> None:
+    overrides = (f"parallel.world_size={world_size}", "recipe.global_batch_size=7")
+    assert paths_of(*overrides) == ["parallel.world_size", "recipe.global_batch_size"]
+
+
+def test_a_wrong_field_is_not_taken_for_its_default() -> None:
+    overrides = ("recipe.micro_batch_size=x", "recipe.global_batch_size=7")
+    assert paths_of(*overrides) == ["recipe.micro_batch_size"]
+
+
 def test_a_check_is_passed_over_for_a_wrong_field_and_not_for_a_misspelt_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
