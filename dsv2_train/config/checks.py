@@ -60,6 +60,17 @@ def _expert_parallel(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _dispatcher(config: RunConfig) -> Iterator[Problem]:
+    parallel, recipe = config.parallel, config.recipe
+    if parallel.dispatcher == "device_dedup":
+        return
+    why = f"parallel.dispatcher={parallel.dispatcher} cannot do it, device_dedup can"
+    if recipe.capacity_factor is not None:
+        yield Problem("recipe.capacity_factor", recipe.capacity_factor, f"must be null: {why}")
+    if parallel.overlap_shared_experts:
+        yield Problem("parallel.overlap_shared_experts", True, f"must be false: {why}")
+
+
 def _rope(config: RunConfig) -> Iterator[Problem]:
     if config.model.qk_rope_head_dim % 2:
         yield Problem("model.qk_rope_head_dim", config.model.qk_rope_head_dim, "must be even")
@@ -147,6 +158,7 @@ _CHECKS: tuple[Check, ...] = (
     _world,
     _experts,
     _expert_parallel,
+    _dispatcher,
     _rope,
     _layers,
     _length,

@@ -5,6 +5,7 @@ from typing import Any
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 
+from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.ops.cross_entropy import linear_cross_entropy
 from dsv2_train.ops.linear import linear
 
@@ -39,6 +40,19 @@ class OutputHead(nn.Module):
 
 class DeepSeekV2Model(GPTModel):
     """One pipeline stage of the model (read against megatron-core 0.16.1)."""
+
+    def forward(self, *inputs: Any, exempt: Tensor | None = None, **named: Any) -> Tensor:
+        """Run the stage.
+
+        Args:
+            inputs: megatron-core's.
+            exempt: [b] bool, samples of which no assignment is dropped; None drops nothing.
+            named: megatron-core's.
+        """
+        for layer in self.decoder.layers:
+            if isinstance(layer.mlp, MixtureOfExperts):
+                layer.mlp.exempt = exempt
+        return super().forward(*inputs, **named)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **unused: Any) -> Tensor:
         """End a stage.

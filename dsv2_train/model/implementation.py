@@ -19,6 +19,9 @@ class Choice:
     reason: str
 
 
+Resolve = Callable[[str, str, ParallelConfig, torch.device], Choice | Problem]
+
+
 def choose(parallel: ParallelConfig, device: torch.device) -> dict[str, Choice]:
     """Resolve every `auto` for a device.
 
@@ -29,7 +32,7 @@ def choose(parallel: ParallelConfig, device: torch.device) -> dict[str, Choice]:
     choices: dict[str, Choice] = {}
     for op, resolve in _RULES.items():
         asked = getattr(parallel, op)
-        choice = resolve(op, asked, device)
+        choice = resolve(op, asked, parallel, device)
         if isinstance(choice, Problem):
             problems.append(choice)
         else:
@@ -39,8 +42,10 @@ def choose(parallel: ParallelConfig, device: torch.device) -> dict[str, Choice]:
     return choices
 
 
-def _torch_or_te(torch_name: str) -> Callable[[str, str, torch.device], Choice | Problem]:
-    def resolve(op: str, asked: str, device: torch.device) -> Choice | Problem:
+def _torch_or_te(torch_name: str) -> Resolve:
+    def resolve(
+        op: str, asked: str, parallel: ParallelConfig, device: torch.device
+    ) -> Choice | Problem:
         missing = _why_no_te(device)
         if asked == "te" and missing:
             return Problem(f"parallel.{op}", asked, f"not possible here: {missing}")
@@ -55,7 +60,22 @@ def _torch_or_te(torch_name: str) -> Callable[[str, str, torch.device], Choice |
     return resolve
 
 
-def _experts(op: str, asked: str, device: torch.device) -> Choice | Problem:
+def _dispatcher(
+    op: str, asked: str, parallel: ParallelConfig, device: torch.device
+) -> Choice | Problem:
+    if parallel.ep == 1 and asked == "device_dedup":
+        return Choice(op, "none", "all experts of a layer are on one rank")
+    if asked == "deepep" and (device.type != "cuda" or parallel.ep == 1):
+        return Problem(f"parallel.{op}", asked, "needs CUDA devices and parallel.ep > 1")
+    if asked == "deepep" and importlib.util.find_spec("deep_ep") is None:
+        return Problem(f"parallel.{op}", asked, "needs DeepEP (module deep_ep), not installed here")
+    reason = "one copy of a token a device" if asked == "device_dedup" else "asked for"
+    return Choice(op, asked, reason)
+
+
+def _experts(
+    op: str, asked: str, parallel: ParallelConfig, device: torch.device
+) -> Choice | Problem:
     if asked != "auto":
         return Choice(op, asked, "asked for")
     if device.type == "cuda":
@@ -71,9 +91,10 @@ def _why_no_te(device: torch.device) -> str | None:
     return None
 
 
-_RULES: dict[str, Callable[[str, str, torch.device], Choice | Problem]] = {
+_RULES: dict[str, Resolve] = {
     "linear": _torch_or_te("torch"),
     "norm": _torch_or_te("torch"),
     "attention": _torch_or_te("sdpa"),
     "experts": _experts,
+    "dispatcher": _dispatcher,
 }

@@ -12,6 +12,8 @@ from dsv2_train.config.sections.recipe import RecipeConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
+_RECOMPUTED = {"moe": "moe", "mla_up_projection": "mla_up_proj"}
+
 # A factor of 1 makes YaRN the identity: plain RoPE on the code path that fused kernels serve.
 _PLAIN_ROPE = YarnConfig(factor=1.0, original_max_position=4096)
 
@@ -25,6 +27,10 @@ class DeepSeekV2TransformerConfig(MLATransformerConfig):
     expert_balance_alpha: float = 0.0
     device_balance_alpha: float = 0.0
     communication_balance_alpha: float = 0.0
+    capacity_factor: float | None = None
+    capacity_scope: str = "ep_group"
+    dispatcher: str = "device_dedup"
+    overlap_shared_experts: bool = True
 
 
 def build_transformer_config(
@@ -84,7 +90,9 @@ def build_transformer_config(
         moe_ffn_hidden_size=model.moe_intermediate_size,
         moe_shared_expert_intermediate_size=model.shared_intermediate_size,
         moe_layer_freq=[int(layer >= model.num_dense_layers) for layer in range(model.num_layers)],
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="flex" if parallel.dispatcher == "deepep" else "alltoall",
+        recompute_granularity="selective" if parallel.recompute else None,
+        recompute_modules=[_RECOMPUTED[name] for name in parallel.recompute],
         tensor_model_parallel_size=parallel.tp,
         context_parallel_size=parallel.cp,
         pipeline_model_parallel_size=parallel.pp,
@@ -95,6 +103,10 @@ def build_transformer_config(
         expert_balance_alpha=recipe.expert_balance_alpha,
         device_balance_alpha=recipe.device_balance_alpha,
         communication_balance_alpha=recipe.communication_balance_alpha,
+        capacity_factor=recipe.capacity_factor,
+        capacity_scope=recipe.capacity_scope,
+        dispatcher=parallel.dispatcher,
+        overlap_shared_experts=parallel.overlap_shared_experts,
     )
 
 

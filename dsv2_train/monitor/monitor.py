@@ -7,16 +7,22 @@ from typing import Any
 from rich.console import RenderableType
 
 from dsv2_train.config.sections.monitor import MonitorConfig
+from dsv2_train.monitor.alerts import Alerts
+from dsv2_train.monitor.expert_map import ExpertMap, decode_map, encode_map, picture
 from dsv2_train.monitor.metrics import check_row
 from dsv2_train.monitor.plots import draw_plots
-from dsv2_train.monitor.sinks import ConsoleSink, JsonlSink, WandbSink
+from dsv2_train.monitor.rows import encode_row, step_of_row
+from dsv2_train.monitor.sinks.console import ConsoleSink
+from dsv2_train.monitor.sinks.jsonl import JsonlSink
+from dsv2_train.monitor.sinks.wandb import WandbSink
 
 
 class Monitor:
-    """Sends rows to the console, to `metrics.jsonl` and to wandb.
+    """Sends rows to the console, to `metrics.jsonl` and to wandb, and alerts people.
 
     Attributes:
         metrics_path: the run's `metrics.jsonl`.
+        maps_path: the run's `expert_map.jsonl`.
     """
 
     def __init__(
@@ -27,8 +33,9 @@ class Monitor:
         first_step: int,
         wandb_run_id: str | None,
         resolved_config: Mapping[str, Any],
+        device_budget: float,
     ) -> None:
-        """Open the sinks; rows after `first_step` in the folder move to `logs/`.
+        """Open the sinks; rows and maps after `first_step` in the folder move to `logs/`.
 
         Args:
             config: where to report.
@@ -37,15 +44,21 @@ class Monitor:
             first_step: steps done before this start: 0, or those of the restored checkpoint.
             wandb_run_id: of the run that goes on, None for a new one.
             resolved_config: what wandb shows as the run's configuration.
+            device_budget: assignments that a device group is meant to compute, over the mean.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._wandb_run_id = wandb_run_id
         self.metrics_path = folder / "metrics.jsonl"
+        self.maps_path = folder / "expert_map.jsonl"
         self._console = ConsoleSink(total_steps)
-        self._jsonl = JsonlSink(self.metrics_path, first_step, folder / "logs")
-        if self._jsonl.moved_aside is not None:
-            self.message(f"rows after step {first_step} moved to {self._jsonl.moved_aside}")
+        self._alerts = Alerts(config.alerts, device_budget)
+        aside = folder / "logs"
+        self._rows = JsonlSink(self.metrics_path, first_step, aside, step_of_row)
+        self._maps = JsonlSink(self.maps_path, first_step, aside, lambda line: decode_map(line)[0])
+        for sink in (self._rows, self._maps):
+            if sink.moved_aside is not None:
+                self.message(f"rows after step {first_step} moved to {sink.moved_aside}")
         self._wandb: WandbSink | None = None
         if config.wandb != "disabled":
             self._wandb = WandbSink(
@@ -87,16 +100,27 @@ class Monitor:
             ValueError: for a key that monitor/metrics.py does not declare; nothing is written.
         """
         check_row(row)
+        alerts = self._alerts.check(row)
         position = {
             "step": step,
             "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_tokens,
         }
         whole = {**position, **row}
-        self._jsonl.record(whole)
+        if alerts:
+            whole["moe/num_alerts"] = len(alerts)
+        self._rows.write(encode_row(whole))
         if self._wandb is not None:
             self._wandb.record(whole)
         self._console.record(whole)
+        for alert in alerts:
+            self._alert(f"step {step}: {alert}")
+
+    def record_map(self, one: ExpertMap, step: int) -> None:
+        """Report how loaded every expert was in a step."""
+        self._maps.write(encode_map(step, one))
+        if self._wandb is not None:
+            self._wandb.record_picture("moe/expert_map", picture(one), step)
 
     def message(self, what: RenderableType) -> None:
         """Show people a text or a table; possible after `close` too."""
@@ -104,11 +128,18 @@ class Monitor:
 
     def draw_plots(self) -> list[Path]:
         """Draw the run so far into `plots/`; what was written. About a second."""
-        return draw_plots(self.metrics_path, self._folder / "plots", self._folder.name)
+        plots = self._folder / "plots"
+        return draw_plots(self.metrics_path, self.maps_path, plots, self._folder.name)
 
     def close(self) -> None:
         """Close the sinks; a second call does nothing."""
         self._console.close()
-        self._jsonl.close()
+        self._rows.close()
+        self._maps.close()
         if self._wandb is not None:
             self._wandb.close()
+
+    def _alert(self, text: str) -> None:
+        self.message(f"ALERT  {text}")
+        if self._wandb is not None:
+            self._wandb.alert("routing", text)

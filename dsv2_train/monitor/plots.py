@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv2_train.monitor.expert_map import MOST_LOAD, ExpertMap, decode_map
 from dsv2_train.monitor.metrics import layer_key, layer_of, metric_of
 from dsv2_train.monitor.rows import read_rows
 
@@ -21,12 +22,13 @@ _SCALES = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "tho
 _MOST_COLUMNS = 1000  # of the map of layers: more than a picture has room for
 
 
-def draw_plots(metrics_path: Path, folder: Path, title: str) -> list[Path]:
-    """Draw every picture that the rows have data for.
+def draw_plots(metrics_path: Path, maps_path: Path, folder: Path, title: str) -> list[Path]:
+    """Draw every picture that there is data for.
 
     Args:
         metrics_path: a metrics.jsonl.
-        folder: where `loss.png` and `expert_load.png` go; made if it is not there.
+        maps_path: an expert_map.jsonl.
+        folder: where `loss.png`, `expert_load.png` and `expert_map.png` go; made if need be.
         title: above each picture.
 
     Returns:
@@ -44,6 +46,10 @@ def draw_plots(metrics_path: Path, folder: Path, title: str) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         figure_of(rows, title).savefig(folder / name, dpi=150)
         written.append(folder / name)
+    if maps := maps_path.read_bytes().splitlines() if maps_path.exists() else []:
+        folder.mkdir(parents=True, exist_ok=True)
+        _map_figure(*decode_map(maps[-1]), title).savefig(folder / "expert_map.png", dpi=150)
+        written.append(folder / "expert_map.png")
     return written
 
 
@@ -101,6 +107,25 @@ def _load_figure(rows: Rows, title: str) -> Figure:
     bottom.set_ylabel("busiest / mean")
     bottom.set_xlabel(axis_label)
     bottom.legend(frameon=False)
+    return figure
+
+
+def _map_figure(step: int, one: ExpertMap, title: str) -> Figure:
+    """Every expert's load in one step; below it what each device group was sent."""
+    figure = _new_figure()
+    top, bottom = figure.subplots(2, height_ratios=[3, 1])
+    for axes, values, words, most in (
+        (top, one.load, "expert load / mean", MOST_LOAD),
+        (bottom, one.sent, "sent / (M / D of the tokens)", 2.0),
+    ):
+        mesh = axes.imshow(values, aspect="auto", interpolation="nearest", vmin=0.0, vmax=most)
+        figure.colorbar(mesh, ax=axes, label=words)
+        shown = range(0, len(one.layers), math.ceil(len(one.layers) / 12))
+        axes.set_yticks(list(shown), [str(one.layers[rank]) for rank in shown])
+        axes.set_ylabel("layer")
+    top.set_title(f"{title}: experts at step {step}", loc="left")
+    top.set_xlabel("routed expert")
+    bottom.set_xlabel("device group")
     return figure
 
 

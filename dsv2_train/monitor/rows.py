@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 # JSON has no such numbers; these spellings are protobuf's, and `float` reads them back.
@@ -45,12 +45,19 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def keep_until(path: Path, step: int, aside_folder: Path) -> Path | None:
-    """Make a file of rows tell the history up to a step, before a run goes on from there.
+def step_of_row(line: bytes) -> int:
+    """The step of a line; raises ValueError as `decode_row` does."""
+    return int(decode_row(line)["step"])
 
-    Rows after the step, and lines that are no rows, move to
-    `metrics_after_step_<8 digits>_<n>.jsonl`. A kill in between leaves the rows in both files,
-    never in none.
+
+def keep_until(
+    path: Path, step: int, aside_folder: Path, step_of: Callable[[bytes], int] = step_of_row
+) -> Path | None:
+    """Make a file of JSON lines tell the history up to a step, before a run goes on from there.
+
+    Lines after the step, and lines of which `step_of` raises ValueError, move to
+    `<name>_after_step_<8 digits>_<n>.jsonl`. A kill in between leaves them in both files, never in
+    none.
 
     Returns:
         The file they moved to, None if there was nothing to move.
@@ -60,11 +67,11 @@ def keep_until(path: Path, step: int, aside_folder: Path) -> Path | None:
     kept: list[bytes] = []
     moved: list[bytes] = []
     for line in _lines(path):
-        (kept if _is_row_until(line, step) else moved).append(line)
+        (kept if _is_until(line, step, step_of) else moved).append(line)
     if not moved:
         return None
     aside_folder.mkdir(parents=True, exist_ok=True)
-    aside = _free_name(aside_folder, step)
+    aside = _free_name(aside_folder, f"{path.stem}_after_step_{step:08d}")
     _write_whole(aside, moved)
     _write_whole(path, kept)
     return aside
@@ -93,16 +100,16 @@ def _lines(path: Path) -> list[bytes]:
         return file.readlines()
 
 
-def _is_row_until(line: bytes, step: int) -> bool:
+def _is_until(line: bytes, step: int, step_of: Callable[[bytes], int]) -> bool:
     try:
-        return line.endswith(b"\n") and decode_row(line)["step"] <= step
+        return line.endswith(b"\n") and step_of(line) <= step
     except ValueError:
         return False
 
 
-def _free_name(folder: Path, step: int) -> Path:
+def _free_name(folder: Path, stem: str) -> Path:
     number = 1
-    while (path := folder / f"metrics_after_step_{step:08d}_{number}.jsonl").exists():
+    while (path := folder / f"{stem}_{number}.jsonl").exists():
         number += 1
     return path
 

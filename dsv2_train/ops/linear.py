@@ -11,18 +11,22 @@ from torch import Tensor
 from dsv2_train.ops.main_grad import gradient_buffer, mark_added, weight_gradient
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Multiply every row by the weight: x weight^T.
 
     Args:
         x: [..., a].
         weight: [b, a] in the dtype of `x`; its gradient is added to `main_grad` where it has one
             (see `ops.main_grad`).
+        dtype: of the products, forward and backward; that of `x` by default.
 
     Returns:
-        [..., b] in the dtype of `x`. No communication.
+        [..., b] in `dtype`. No communication.
+
+    Note:
+        Saves `x` as it is, not in `dtype`.
     """
-    y: Tensor = _Linear.apply(x, weight)
+    y: Tensor = _Linear.apply(x, weight, dtype or x.dtype)
     return y
 
 
@@ -46,19 +50,25 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.nn.functional.linear(x, weight)
+        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad
+        needs_x, needs_weight, _ = ctx.needs_input_grad
         rows = grad_y.reshape(-1, grad_y.size(-1))
-        grad_x = torch.mm(rows, weight).view(x.shape) if needs_x else None
+        grad_x = (
+            torch.mm(rows, weight.to(rows.dtype)).to(x.dtype).view(x.shape) if needs_x else None
+        )
         if not needs_weight:
-            return grad_x, None
-        return grad_x, weight_gradient(weight, [(rows, x.reshape(-1, x.size(-1)))])
+            return grad_x, None, None
+        return (
+            grad_x,
+            weight_gradient(weight, [(rows, x.reshape(-1, x.size(-1)).to(rows.dtype))]),
+            None,
+        )
 
 
 class _Embedding(torch.autograd.Function):

@@ -16,8 +16,8 @@ def train(run: Run) -> None:
         run.telemetry.begin_step()
         result = train_step(run, point)
         run.clock = run.clock.advance(point)
-        run.telemetry.end_step(run.clock, point, result)
         require_finite(run.clock, result)
+        run.telemetry.end_step(run.clock, point, result)
         if run.evaluation_due:
             with run.telemetry.stopwatch.evaluation():
                 run.telemetry.evaluated(run.clock, evaluate(run))

@@ -15,6 +15,7 @@ from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.env import Env
 from dsv2_train.model.build import build_model
 from dsv2_train.model.implementation import Choice, choose
+from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.monitor.report import StartUp, start_up_table
 from dsv2_train.optim.adam import choose_adam
@@ -104,6 +105,7 @@ def _monitor(
         first_step=state.step if state else 0,
         wandb_run_id=state.wandb_run_id if state else None,
         resolved_config=config.model_dump(mode="json"),
+        device_budget=config.recipe.capacity_factor or 1.0,
     )
 
 
@@ -119,12 +121,12 @@ def _telemetry(
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> Telemetry:
-    routers = {
-        layer.layer_number - 1: layer.mlp.router
+    mixtures = {
+        layer.layer_number - 1: layer.mlp
         for layer in model.decoder.layers
-        if hasattr(layer.mlp, "router")
+        if isinstance(layer.mlp, MixtureOfExperts)
     }
-    return Telemetry(config, monitor, routers, groups.intra_dist_opt, groups.dp.size(), device)
+    return Telemetry(config, monitor, mixtures, groups.intra_dist_opt, groups.dp.size(), device)
 
 
 def _start_up(run: Run, choices: list[Choice]) -> StartUp:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsv2_train.data.loader import Batch, batches
 from dsv2_train.recipe.clock import Point
+from dsv2_train.recipe.exemption import is_exempt
 from dsv2_train.train.run import Run
 from dsv2_train.train.telemetry import StepResult
 
@@ -41,15 +42,24 @@ def train_step(run: Run, point: Point) -> StepResult:
 def forward_backward(
     run: Run, data: Iterator[Batch], num_microbatches: int, *, forward_only: bool
 ) -> list[dict[str, Tensor]]:
-    """Run micro-batches through the pipeline; on the last stage, the loss of each."""
-    return run.forward_backward(
-        forward_step_func=partial(_forward_step, device=run.env.device),
-        data_iterator=data,
-        num_microbatches=num_microbatches,
-        seq_length=run.config.recipe.sequence_length,
-        micro_batch_size=run.config.recipe.micro_batch_size,
-        forward_only=forward_only,
-    )
+    """Run micro-batches through the pipeline; on the last stage, the loss of each.
+
+    Raises:
+        FloatingPointError: naming step, layer and rank, if a router's logits are not finite.
+    """
+    try:
+        return run.forward_backward(
+            forward_step_func=partial(_forward_step, run=run),
+            data_iterator=data,
+            num_microbatches=num_microbatches,
+            seq_length=run.config.recipe.sequence_length,
+            micro_batch_size=run.config.recipe.micro_batch_size,
+            forward_only=forward_only,
+        )
+    except FloatingPointError as error:
+        done = run.clock.step
+        when = f"validation after step {done}" if forward_only else f"step {done + 1}"
+        raise FloatingPointError(f"{when}: {error}") from error
 
 
 def mean_loss(run: Run, reported: list[dict[str, Tensor]]) -> Tensor:
@@ -60,17 +70,27 @@ def mean_loss(run: Run, reported: list[dict[str, Tensor]]) -> Tensor:
 
 
 def _forward_step(
-    data: Iterator[Batch], chunk: torch.nn.Module, device: torch.device
+    data: Iterator[Batch], chunk: torch.nn.Module, run: Run
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
     """megatron-core's contract: the stage's output, and how to make a loss of the last one's."""
-    batch = next(data)
+    batch, device = next(data), run.env.device
     output = chunk(
         batch.tokens.to(device),
         position_ids=None,
         attention_mask=None,
         labels=batch.labels.to(device),
+        exempt=_exempt(batch, run),
     )
     return output, _loss
+
+
+def _exempt(batch: Batch, run: Run) -> Tensor | None:
+    """[b] bool, samples of which no assignment is dropped; None where no sample loses any."""
+    recipe, seed = run.config.recipe, run.config.run.seed
+    if recipe.capacity_factor is None:
+        return None
+    flags = [is_exempt(sample, seed, recipe.exempt_share) for sample in batch.sample_ids.tolist()]
+    return torch.tensor(flags, device=run.env.device)
 
 
 def _loss(token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

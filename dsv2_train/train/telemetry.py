@@ -1,6 +1,6 @@
 """What a run tells while it trains: rows of metrics, read from the device once a log step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +10,14 @@ from torch.distributed import ProcessGroup
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Batch
 from dsv2_train.distributed.collectives import all_sum
-from dsv2_train.model.moe.router import DeviceLimitedRouter
+from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.monitor.memory import peak_memory
-from dsv2_train.monitor.moe_load import ExpertLoad, load_row
 from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.monitor.throughput import Stopwatch, throughput
 from dsv2_train.recipe.clock import Clock, Point
 from dsv2_train.recipe.flops import forward_flops
 from dsv2_train.recipe.utilization import peak_tflops
+from dsv2_train.train.routing_metrics import RoutedStep, expert_map, gather_step, routing_row
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class StepResult:
 class Telemetry:
     """Turns steps into rows: every rank takes part in the reductions, one rank writes.
 
-    A row's loss, gradient norm and expert load are those of its own step, so that a resumed run
+    A row's loss, gradient norm and routing are those of its own step, so that a resumed run
     writes the rows that an undisturbed one would have; speeds are means since the last row.
 
     Args:
         config: the run.
         monitor: on the rank that writes, else None.
-        routers: this rank's routers by the index of their layer in the model.
+        mixtures: this rank's mixtures of experts by the index of their layer in the model.
         world: the group of all ranks.
         dp_size: data-parallel ranks that share a loss.
         device: where results are.
@@ -52,28 +52,26 @@ class Telemetry:
         self,
         config: RunConfig,
         monitor: Monitor | None,
-        routers: dict[int, DeviceLimitedRouter],
+        mixtures: Mapping[int, MixtureOfExperts],
         world: ProcessGroup,
         dp_size: int,
         device: torch.device,
     ) -> None:
         self._config = config
         self._monitor = monitor
-        self._routers = routers
+        self._mixtures = mixtures
         self._world = world
         self._dp_size = dp_size
         self._device = device
-        model = config.model
-        self._load = ExpertLoad(model.num_layers, model.num_routed_experts, device)
-        flops = forward_flops(model, config.recipe.sequence_length, "causal")
+        flops = forward_flops(config.model, config.recipe.sequence_length, "causal")
         self._flops_per_token = flops.training
         self._peak_tflops = _peak(device, config.recipe.precision)
         self.stopwatch = Stopwatch()
 
     def begin_step(self) -> None:
-        """Forget what the routers counted before this step."""
-        for router in self._routers.values():
-            router.reset_counters()
+        """Forget what the layers counted before this step."""
+        for mixture in self._mixtures.values():
+            mixture.statistics.zero_()
 
     def data(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the wait for them is measured."""
@@ -87,16 +85,18 @@ class Telemetry:
             point: what the recipe asked of the step.
             result: what the step reported.
         """
+        monitor = self._config.monitor
         self.stopwatch.add_step(point.num_tokens)
-        if clock.step % self._config.monitor.log_every_steps == 0 or clock.step == 1:
-            self._report(clock, self._row(point, result))
+        number, rest = divmod(clock.step, monitor.log_every_steps)
+        if rest and clock.step != 1:
+            return
+        routed = gather_step(self._mixtures, self._config.model, self._world)
+        self._report(clock, self._row(point, result, routed))
+        map_is_due = not rest and number % monitor.expert_map_every_rows == 0 and routed.layers
+        if map_is_due and self._monitor is not None:
+            self._monitor.record_map(expert_map(routed, self._config.model), clock.step)
 
-    def _row(self, point: Point, result: StepResult) -> dict[str, float]:
-        for layer_idx, router in self._routers.items():
-            self._load.add(
-                layer_idx, router.expert_counts, router.balance_sums, router.num_microbatches
-            )
-        routing = load_row(self._load.reduce(self._world), self._config.model.num_device_groups)
+    def _row(self, point: Point, result: StepResult, routed: RoutedStep) -> dict[str, float]:
         row = {
             "train/loss": all_sum(result.loss.double(), self._world).item() / self._dp_size,
             "train/lr": point.lr,
@@ -109,6 +109,7 @@ class Telemetry:
             self._config.parallel.world_size,
             self._peak_tflops,
         )
+        routing = routing_row(routed, self._config.model)
         return {**row, **routing, **speed, **peak_memory(self._device)}
 
     def evaluated(self, clock: Clock, loss: float) -> None:

@@ -15,8 +15,42 @@ from tests.helpers.world import World
 
 NUM_STEPS = 5
 
+# A hundred times the paper's: a loss that is scaled wrongly moves every gradient.
+ALPHAS = (
+    "recipe.expert_balance_alpha=0.3",
+    "recipe.device_balance_alpha=5.0",
+    "recipe.communication_balance_alpha=2.0",
+)
+
 LAYOUTS = {
     "PP1 EP1": (1, ()),
+    "PP1 EP1, 4 micro-batches": (1, ("recipe.micro_batch_size=2",)),
+    "PP1 EP1, 2 micro-batches": (1, ("recipe.micro_batch_size=4",)),
+    "PP1 EP1, 1 micro-batch": (1, ("recipe.micro_batch_size=8",)),
+    "PP1 EP1, recompute": (1, ("parallel.recompute=[moe,mla_up_projection]",)),
+    "PP1 EP2, 2 micro-batches, recompute": (
+        2,
+        ("parallel.ep=2", "recipe.micro_batch_size=2", "parallel.recompute=[moe]"),
+    ),
+    "PP1 EP4": (4, ("parallel.ep=4",)),
+    "PP1 EP1 DP4": (4, ()),
+    "PP2 EP2, no overlap, recompute": (
+        4,
+        (
+            "parallel.pp=2",
+            "parallel.ep=2",
+            "parallel.overlap_shared_experts=false",
+            "parallel.recompute=[moe,mla_up_projection]",
+        ),
+    ),
+    "PP1 EP2, megatron-core's all-to-all": (
+        2,
+        (
+            "parallel.ep=2",
+            "parallel.dispatcher=megatron_alltoall",
+            "parallel.overlap_shared_experts=false",
+        ),
+    ),
     "PP2 EP1": (2, ("parallel.pp=2",)),
     "PP1 EP2": (2, ("parallel.ep=2",)),
     "PP2 EP2": (4, ("parallel.pp=2", "parallel.ep=2")),
@@ -85,7 +119,8 @@ def reference(world: World, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 def _traces(world: World, data: Path, folder: Path, layout: str, *more: str) -> list[Trace]:
     size, overrides = LAYOUTS[layout]
-    config = run_config(folder, data, f"parallel.world_size={size}", *overrides, *more)
+    world_size = f"parallel.world_size={size}"
+    config = run_config(folder, data, world_size, *ALPHAS, *overrides, *more)
     return world.run(_first_steps, size, config)
 
 
@@ -111,6 +146,19 @@ def test_model_and_first_steps_do_not_depend_on_the_layout(
     for trace in traces:
         norms = torch.tensor(trace.norms)
         torch.testing.assert_close(norms, torch.tensor(reference[0].norms), rtol=1e-5, atol=0)
+
+
+def test_a_balance_loss_of_half_the_weight_is_another_gradient(
+    world: World, data: Path, reference: list[Trace], tmp_path: Path
+) -> None:
+    """The negative control: what a schedule does that sets the losses' scale wrongly."""
+    parts = (line.split("=") for line in ALPHAS)
+    halves = [f"{name}={float(value) / 2}" for name, value in parts]
+    traces = _traces(world, data, tmp_path, "PP1 EP1", *halves)
+    expected, gradients = _whole_gradients(reference), _whole_gradients(traces)
+    for name, gradient in gradients.items():
+        if "router" in name:
+            assert (gradient - expected[name]).abs().max() > 0.1 * expected[name].abs().max(), name
 
 
 def test_another_seed_is_another_model(

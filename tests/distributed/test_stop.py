@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dsv2_train.config.run import RunConfig
+from dsv2_train.monitor.rows import read_rows
 from dsv2_train.train import loop
-from dsv2_train.train.step import train_step
 from tests.helpers.corpus import synthetic_folder
 from tests.helpers.run import close_run, open_run, run_config
 from tests.helpers.world import World
@@ -43,28 +43,54 @@ def test_a_stop_asked_of_one_rank_saves_once_at_one_step(
     assert saved == ["step_00000003"]
 
 
-def _poisoned(rank: int, config: RunConfig) -> str:
-    """Train with one weight of the last rank made infinite before step 2."""
+def _poisoned(rank: int, config: RunConfig, name: str) -> str:
+    """Train with a module of the last rank getting bad numbers from step 2 on; what is raised."""
     run = open_run(rank, config)
-    for step in range(2):
-        if step == 1 and rank == config.parallel.world_size - 1:
-            parameter = next(run.chunk.parameters())
-            parameter.data.view(-1)[0] = torch.inf
-        point = run.schedule.at(run.clock)
-        result = train_step(run, point)
-        run.clock = run.clock.advance(point)
-        try:
-            loop.require_finite(run.clock, result)
-        except FloatingPointError as error:
-            close_run(run)
-            return str(error)
-    close_run(run)
+    begin_step = run.telemetry.begin_step
+
+    def poison_one() -> None:
+        begin_step()
+        if run.clock.step == 1 and rank == config.parallel.world_size - 1:
+            module = run.chunk.module.get_submodule(name)
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * torch.nan, *inputs[1:]))
+
+    run.telemetry.begin_step = poison_one  # type: ignore[method-assign]
+    try:
+        loop.train(run)
+    except (FloatingPointError, RuntimeError) as error:
+        return str(error)
+    finally:
+        close_run(run)
     return "went on"
 
 
-def test_bad_numbers_stop_every_rank(world: World, tmp_path: Path) -> None:
+def test_a_bad_gradient_norm_stops_every_rank_and_is_no_row(world: World, tmp_path: Path) -> None:
     config = run_config(
         tmp_path, synthetic_folder(tmp_path / "data"), "parallel.world_size=2", "parallel.pp=2"
     )
-    for said in world.run(_poisoned, 2, config):
+    for said in world.run(_poisoned, 2, config, "output_layer"):
         assert said.startswith("step 2: the gradient norm is nan")
+    assert [row["step"] for row in read_rows(config.run.folder / "metrics.jsonl")] == [1]
+
+
+def _poisoned_and_gone(rank: int, config: RunConfig, told: Path) -> None:
+    """As a rank of a run, which ends with what it raises."""
+    said = _poisoned(rank, config, "decoder.layers.2.mlp.router")
+    (told / str(rank)).write_text(said)
+    os._exit(1)
+
+
+def test_bad_router_logits_are_told_by_step_layer_and_rank(
+    pytestconfig: pytest.Config, tmp_path: Path
+) -> None:
+    """Its peer in the exchange is not left waiting: it fails as soon as the rank is gone."""
+    config = run_config(
+        tmp_path, synthetic_folder(tmp_path / "data"), "parallel.world_size=2", "parallel.ep=2"
+    )
+    world = World(pytestconfig.getini("filterwarnings"))
+    with pytest.raises(ChildProcessError):
+        world.run(_poisoned_and_gone, 2, config, tmp_path, timeout_s=60)
+    peer, bad = ((tmp_path / str(rank)).read_text() for rank in range(2))
+    assert bad.startswith("step 2: layer 2 on rank 1: ")
+    assert bad.endswith("384 of 384 router logits are not finite")
+    assert "onnection" in peer

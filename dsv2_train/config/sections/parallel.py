@@ -6,11 +6,18 @@ from pydantic import Field, PositiveInt
 
 from dsv2_train.config.sections.base import Section
 
+Recomputed = Literal["moe", "mla_up_projection"]
 LayersPerStage = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 
 
 class ParallelConfig(Section):
-    """Sizes of the parallel axes; data parallelism takes what pp leaves of the world."""
+    """Sizes of the parallel axes; data parallelism takes what pp leaves of the world.
+
+    `dispatcher` exchanges tokens between expert ranks; with `overlap_shared_experts` the shared
+    experts compute meanwhile. `recompute` names what the backward pass computes again instead of
+    keeping it: `moe` all of a mixture of experts behind its routing, exchange included;
+    `mla_up_projection` query, key and value heads from their latents.
+    """
 
     world_size: PositiveInt
     pp: PositiveInt = 1
@@ -25,6 +32,9 @@ class ParallelConfig(Section):
     norm: Literal["auto", "torch", "te"] = "auto"
     attention: Literal["auto", "sdpa", "te"] = "auto"
     experts: Literal["auto", "loop", "grouped_mm"] = "auto"
+    dispatcher: Literal["device_dedup", "megatron_alltoall", "deepep"] = "device_dedup"
+    overlap_shared_experts: bool = True
+    recompute: Annotated[tuple[Recomputed, ...], Field(strict=False)] = ()
 
     @property
     def dp(self) -> int:

@@ -22,6 +22,10 @@ class RecipeConfig(Section):
 
     `num_tokens` is the budget that the learning-rate milestones refer to; without it the budget is
     what `num_steps` steps consume. `num_steps` stops the run; without it the budget does.
+
+    In training a device group computes at most `capacity_factor` times the mean load of the groups,
+    over the tokens of an expert-parallel group or, as an approximation, of a rank; without a factor
+    nothing is dropped. About `exempt_share` of the sequences lose nothing.
     """
 
     sequence_length: PositiveInt
@@ -36,6 +40,9 @@ class RecipeConfig(Section):
     expert_balance_alpha: NonNegativeFloat = 0.0
     device_balance_alpha: NonNegativeFloat = 0.0
     communication_balance_alpha: NonNegativeFloat = 0.0
+    capacity_factor: PositiveFloat | None = None
+    capacity_scope: Literal["ep_group", "rank"] = "ep_group"
+    exempt_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"
     eval_every_steps: PositiveInt
     eval_num_samples: PositiveInt

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
@@ -39,22 +41,47 @@ class LatentAttention(MLASelfAttention):
         """
         assert attention_mask is None
         assert all(value is None for value in unused.values()), unused
-        config = self.config
-        head_shape = (*hidden_states.shape[:2], config.num_attention_heads, -1)
-        query = self._query(hidden_states).view(head_shape)
+        query_source = hidden_states
+        if self.config.q_lora_rank is not None:
+            query_source, _ = self.linear_q_down_proj(hidden_states)
         latents, _ = self.linear_kv_down_proj(hidden_states)
+        if self.recompute_up_proj and torch.is_grad_enabled():
+            attended = self._attend_and_discard_heads(query_source, latents)
+        else:
+            query, key, value = self._heads(query_source, latents)
+            attended = causal_attention(query, key, value, self.softmax_scale)
+        return self.linear_proj(attended)[0], None
+
+    def _heads(self, query_source: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Up-projections and rotation.
+
+        Args:
+            query_source: [s, b, q_lora_rank], or [s, b, hidden_size] without a query latent.
+            latents: [s, b, kv_lora_rank + qk_rope_head_dim].
+
+        Returns:
+            Query, key and value heads as `latent_heads` returns them.
+        """
+        config = self.config
+        head_shape = (*latents.shape[:2], config.num_attention_heads, -1)
+        query = self._query(query_source).view(head_shape)
         kv_latent, k_rope = latents.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
         kv, _ = self.linear_kv_up_proj(self.kv_layernorm(kv_latent))
-        cos, sin = self._rotation(hidden_states.size(0))
-        query, key, value = latent_heads(query, kv.view(head_shape), k_rope, cos, sin)
-        output, _ = self.linear_proj(causal_attention(query, key, value, self.softmax_scale))
-        return output, None
+        cos, sin = self._rotation(latents.size(0))
+        return latent_heads(query, kv.view(head_shape), k_rope, cos, sin)
 
-    def _query(self, hidden_states: Tensor) -> Tensor:
+    def _attend_and_discard_heads(self, query_source: Tensor, latents: Tensor) -> Tensor:
+        """Attention whose heads are computed again when its gradient has come."""
+        up_projection = CheckpointWithoutOutput(fp8=None)  # its default asks for FP8
+        query, key, value = up_projection.checkpoint(self._heads, query_source, latents)
+        attended = causal_attention(query, key, value, self.softmax_scale)
+        up_projection.discard_output_and_register_recompute(attended)
+        return attended
+
+    def _query(self, query_source: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:
-            return self.linear_q_proj(hidden_states)[0]
-        latent, _ = self.linear_q_down_proj(hidden_states)
-        return self.linear_q_up_proj(self.q_layernorm(latent))[0]
+            return self.linear_q_proj(query_source)[0]
+        return self.linear_q_up_proj(self.q_layernorm(query_source))[0]
 
     def _rotation(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [length, qk_rope_head_dim / 2], YaRN's factor included."""

@@ -15,7 +15,7 @@ class GatedMLP(MLP):
     ) -> tuple[Tensor, None]:
         """[s, b, hidden_size] -> the same, and no bias; `padding_mask` must be None."""
         assert padding_mask is None
-        return _gated(self, hidden_states), None
+        return _output(self, _activation(self, hidden_states)), None
 
 
 class SharedExperts(SharedExpertMLP):
@@ -23,10 +23,20 @@ class SharedExperts(SharedExpertMLP):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[s, b, hidden_size] -> the same."""
-        return _gated(self, hidden_states)
+        return self.output(self.activation(hidden_states))
+
+    def activation(self, hidden_states: Tensor) -> Tensor:
+        """The first half: [s, b, hidden_size] -> [s, b, width of all shared experts]."""
+        return _activation(self, hidden_states)
+
+    def output(self, activation: Tensor) -> Tensor:
+        """The second half, back to [s, b, hidden_size]."""
+        return _output(self, activation)
 
 
-def _gated(mlp: MLP, hidden_states: Tensor) -> Tensor:
-    projected, _ = mlp.linear_fc1(hidden_states)
-    output, _ = mlp.linear_fc2(swiglu(projected))
-    return output
+def _activation(mlp: MLP, hidden_states: Tensor) -> Tensor:
+    return swiglu(mlp.linear_fc1(hidden_states)[0])
+
+
+def _output(mlp: MLP, activation: Tensor) -> Tensor:
+    return mlp.linear_fc2(activation)[0]

@@ -1,13 +1,54 @@
 """The mixture-of-experts layer."""
 
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from torch import Tensor
+# S positions, B sequences, T = S * B tokens, E routed experts, K experts a token, h hidden size
 
-from dsv2_train.ops.permute import gather_gates, permute, row_plan, unpermute
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dsv2_train.model.moe.capacity import DeviceCapacity
+from dsv2_train.model.moe.dispatcher import (
+    Dispatch,
+    ExpertParallelDispatch,
+    LocalDispatch,
+    MegatronDispatch,
+)
+from dsv2_train.model.moe.router import Routing
+from dsv2_train.model.moe.routing import routing_map
+from dsv2_train.model.moe.statistics import count, num_statistics
+from dsv2_train.model.transformer_config import DeepSeekV2TransformerConfig
 
 
 class MixtureOfExperts(MoELayer):
-    """megatron-core 0.16.1's layer: its all-to-all between expert ranks, none on a single one."""
+    """DeepSeekMoE across devices, in megatron-core 0.16.1's place for a layer of experts.
+
+    Attributes:
+        exempt: [B] bool, sequences of the next micro-batch that lose nothing to device capacity.
+            Required in training with a capacity, not read otherwise.
+        statistics: [W] float64, flat `LayerStatistics` of this rank's training tokens, added up
+            until someone zeroes it.
+    """
+
+    exempt: Tensor | None = None
+    statistics: Tensor
+
+    def __init__(
+        self,
+        config: DeepSeekV2TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, pg_collection)
+        self._capacity: DeviceCapacity | None = None
+        if config.capacity_factor is not None:
+            group = self.ep_group if config.capacity_scope == "ep_group" else None
+            self._capacity = DeviceCapacity(config.capacity_factor, config.num_device_groups, group)
+        width = num_statistics(config.num_moe_experts, config.num_device_groups)
+        zeros = torch.zeros(width, dtype=torch.float64, device=self.router.weight.device)
+        self.register_buffer("statistics", zeros, persistent=False)
 
     def forward(
         self,
@@ -18,20 +59,67 @@ class MixtureOfExperts(MoELayer):
         """Shared experts plus the gated sum of the routed ones (equation 20, without residual).
 
         Args:
-            hidden_states: [s, b, hidden_size], normalised.
+            hidden_states: [S, B, h], normalised.
             intermediate_tensors: must be None.
             padding_mask: must be None; samples are packed full.
 
         Returns:
-            [s, b, hidden_size] and no bias. With ep > 1: one all-gather of counts and two
-            all-to-alls over the expert-parallel group, and the same again in the backward pass.
+            [S, B, h] and no bias.
+
+        Note:
+            Communication: see `DeviceCapacity` and `ExpertParallelDispatch`. Recomputation repeats
+            what follows the routing: it is decided, counted and its losses are attached once.
         """
         assert intermediate_tensors is None and padding_mask is None
-        if self.ep_group.size() > 1:
-            return super().forward(hidden_states)
-        gates, routed = self.route(hidden_states)
-        plan = row_plan(routed)
-        rows = permute(hidden_states.flatten(0, 1), plan)
-        expert_output, _ = self.experts(rows, plan.tokens_per_expert, gather_gates(gates, plan))
+        routing = self.router(hidden_states)
+        routed = routing.selected
+        if self.training and torch.is_grad_enabled():
+            routed = self._drop_and_count(routing)
+            if self.moe_layer_recompute:
+                # Stopping early would leave unwaited the exchange that is recomputed last.
+                output: Tensor = checkpoint(
+                    self._mix,
+                    hidden_states,
+                    routing.gates,
+                    routed,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    early_stop=False,
+                )
+                return output, None
+        return self._mix(hidden_states, routing.gates, routed), None
+
+    def _drop_and_count(self, routing: Routing) -> Tensor:
+        """[T, E] bool, the assignments that are computed."""
+        config, kept = self.config, None
+        if self._capacity is not None:
+            assert self.exempt is not None, "capacity needs to know which sequences are exempt"
+            kept = self._capacity.surviving(routing.affinities, routing.experts, self.exempt)
+        exempt = None if kept is None else self.exempt
+        self.statistics += count(routing, kept, exempt, config.num_device_groups).flatten()
+        if kept is None:
+            return routing.selected
+        return routing_map(routing.experts, routing.selected.size(1), kept)
+
+    def _mix(self, hidden_states: Tensor, gates: Tensor, routed: Tensor) -> Tensor:
+        """[S, B, h], gate values [T, E] and assignments [T, E] -> the layer's output [S, B, h]."""
+        dispatch = self._dispatch(hidden_states, gates, routed)
+        overlap = self.config.overlap_shared_experts
+        activation = self.shared_experts.activation(hidden_states) if overlap else None
+        rows = dispatch.arrived()
+        expert_output, _ = self.experts(rows.rows, rows.tokens_per_expert, rows.gates)
+        dispatch.issue_combine(expert_output)
+        if activation is not None:
+            shared = self.shared_experts.output(activation)
+            return dispatch.combined().view_as(shared) + shared
+        combined = dispatch.combined()
         shared = self.shared_experts(hidden_states)
-        return unpermute(expert_output, plan).view_as(shared) + shared, None
+        return combined.view_as(shared) + shared
+
+    def _dispatch(self, hidden_states: Tensor, gates: Tensor, routed: Tensor) -> Dispatch:
+        if self.config.dispatcher != "device_dedup":
+            return MegatronDispatch(hidden_states, gates, routed, self.token_dispatcher)
+        rows = hidden_states.flatten(0, 1)
+        if self.ep_group.size() == 1:
+            return LocalDispatch(rows, gates, routed)
+        return ExpertParallelDispatch(rows, gates, routed, self.ep_group)

@@ -68,7 +68,10 @@ def gate_values(affinities: Tensor, experts: Tensor, scaling_factor: float) -> T
     return torch.zeros_like(affinities).scatter(1, experts, selected)
 
 
-def routing_map(experts: Tensor, num_experts: int) -> Tensor:
-    """[T, K] expert ids -> [T, E] bool, True where the token selected the expert."""
+def routing_map(experts: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
+    """[T, K] expert ids -> [T, E] bool, True where the token selected the expert.
+
+    With `kept`, [T, K] bool, only for the assignments that it marks.
+    """
     chosen = torch.zeros(experts.size(0), num_experts, dtype=torch.bool, device=experts.device)
-    return chosen.scatter_(1, experts, True)
+    return chosen.scatter_(1, experts, True if kept is None else kept)

@@ -80,7 +80,35 @@ def test_all_tokens_on_one_device() -> None:
     assert losses.communication.item() == pytest.approx(2.0)
 
 
+def test_the_published_model_in_perfect_balance_loses_0_073_a_layer() -> None:
+    # Token t selects experts 2 t, 2 t + 60, 2 t + 120 (mod 160) and the one after each: two in each
+    # of three groups of 20.
+    experts = torch.tensor(
+        [[(2 * t + 60 * j + i) % 160 for j in range(3) for i in range(2)] for t in range(160)]
+    )
+    selected = routing_map(experts, 160).unsqueeze(1)
+    assert selected.sum(0).unique().tolist() == [6]
+    losses = balance_losses(torch.full((160, 1, 160), 1 / 160), selected, 3, 8)
+    weighted = 0.003 * losses.expert + 0.05 * losses.device + 0.02 * losses.communication
+    assert weighted.item() == pytest.approx(0.073, rel=1e-6)
+
+
+def test_values_worked_by_hand() -> None:
+    # Four experts in two groups, K = 2, M = 2, two tokens. Token 0 has 0.5 0.1 0.3 0.1 and selects
+    # experts 0 and 2; token 1 has 0.4 0.3 0.2 0.1 and selects 0 and 1.
+    affinities = torch.tensor([[[0.5, 0.1, 0.3, 0.1]], [[0.4, 0.3, 0.2, 0.1]]])
+    selected = routing_map(torch.tensor([[0, 2], [0, 1]]), 4).unsqueeze(1)
+    losses = balance_losses(affinities, selected, 2, 2)
+    # f = 4 / (2 * 2) * (2, 1, 1, 0), P = (0.45, 0.2, 0.25, 0.1).
+    assert losses.expert.item() == pytest.approx(2 * 0.45 + 0.2 + 0.25)
+    # f' = (3 / 2, 1 / 2), P' = (0.65, 0.35).
+    assert losses.device.item() == pytest.approx(1.5 * 0.65 + 0.5 * 0.35)
+    # f'' = 2 / (2 * 2) * (2, 1).
+    assert losses.communication.item() == pytest.approx(0.65 + 0.5 * 0.35)
+
+
 def test_gradient_flows_through_probabilities_only() -> None:
+    """d L / d s_it is (f_i + f'_d + f''_d) / T of its sequence, over the sequences: counts stay."""
     generator = torch.Generator().manual_seed(3)
     affinities = torch.randn(6, 2, 8, generator=generator, dtype=torch.float64).softmax(-1)
     selected = routing_map(select_experts(affinities.flatten(0, 1), 4, 2, 3), 8).view(6, 2, 8)
@@ -89,7 +117,14 @@ def test_gradient_flows_through_probabilities_only() -> None:
         losses = balance_losses(x, selected, 2, 4)
         return losses.expert + losses.device + losses.communication
 
-    assert torch.autograd.gradcheck(total, affinities.clone().requires_grad_())
+    x = affinities.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(x), x)
+    f = selected.sum(0) * 8 / (3 * 6)
+    f_dev = f.view(2, 4, 2).mean(-1)
+    f_comm = selected.view(6, 2, 4, 2).any(-1).sum(0) * 4 / (2 * 6)
+    expected = (f + (f_dev + f_comm).repeat_interleave(2, dim=-1)) / (6 * 2)
+    torch.testing.assert_close(gradient, expected.expand(6, 2, 8).double(), rtol=1e-6, atol=0)
+    assert torch.autograd.gradcheck(total, x)  # finite differences
 
 
 def test_the_unrestricted_map_is_another_loss() -> None:

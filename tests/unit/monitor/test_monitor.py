@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dsv2_train.config.sections.monitor import MonitorConfig
+from dsv2_train.config.sections.monitor import AlertConfig, MonitorConfig
+from dsv2_train.monitor.expert_map import ExpertMap, decode_map
 from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.monitor.rows import read_rows
-from tests.unit.monitor.wandb_file import read_history
+from tests.unit.monitor.wandb_file import read_history, read_records
 
 QUIET = MonitorConfig(wandb="disabled")
 
@@ -20,7 +21,15 @@ def start(
     first_step: int = 0,
     wandb_run_id: str | None = None,
 ) -> Monitor:
-    return Monitor(config, folder, 40, first_step, wandb_run_id, {"run": {"name": folder.name}})
+    return Monitor(
+        config,
+        folder,
+        total_steps=40,
+        first_step=first_step,
+        wandb_run_id=wandb_run_id,
+        resolved_config={"run": {"name": folder.name}},
+        device_budget=1.0,
+    )
 
 
 def record(monitor: Monitor, step: int, **metrics: float) -> None:
@@ -71,6 +80,40 @@ def test_wandb_id_survives_a_session_with_wandb_disabled(tmp_path: Path) -> None
     assert monitor.wandb_folder is None
     assert not monitor.wandb_is_offline
     assert not (tmp_path / "wandb").exists()
+
+
+def test_a_map_goes_to_its_file_and_to_wandb_and_follows_a_resume(tmp_path: Path) -> None:
+    first = start(tmp_path / "run", MonitorConfig(wandb="offline"))
+    for step in (10, 20):
+        first.record_map(ExpertMap([1], [[step / 10, 0.0]], [[1.0]]), step)
+    first.close()
+    assert first.wandb_folder is not None
+    assert len(list((first.wandb_folder / "files" / "media").rglob("*.png"))) == 2
+    second = start(tmp_path / "run", first_step=10)
+    second.record_map(ExpertMap([1], [[5.0, 0.0]], [[1.0]]), 20)
+    second.close()
+    lines = second.maps_path.read_bytes().splitlines()
+    assert [decode_map(line)[1].load for line in lines] == [[[1.0, 0.0]], [[5.0, 0.0]]]
+    (aside,) = (tmp_path / "run" / "logs").iterdir()
+    assert aside.name == "expert_map_after_step_00000010_1.jsonl"
+    assert [path.name for path in second.draw_plots()] == ["expert_map.png"]
+
+
+def test_an_alert_is_said_counted_and_given_to_wandb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MonitorConfig(wandb="offline", alerts=AlertConfig(patience_rows=2))
+    monitor = start(tmp_path / "run", config)
+    for step in (10, 20, 30):
+        record(monitor, step, **{"moe/dead_experts/layer_03": 2.0})
+    monitor.close()
+    sentence = "step 20: layer 3: dead experts: up to 2 of a layer got no token of the step"
+    assert capsys.readouterr().out.count(f"ALERT  {sentence}") == 1
+    alerts = [row.get("moe/num_alerts", 0) for row in read_rows(monitor.metrics_path)]
+    assert alerts == [0, 1, 0]
+    assert monitor.wandb_folder is not None
+    told = [r.alert.text for r in read_records(monitor.wandb_folder) if r.HasField("alert")]
+    assert len(told) == 1 and told[0].startswith(sentence)
 
 
 def test_plots_and_messages_are_possible_after_close(

@@ -10,8 +10,9 @@ import pytest
 from matplotlib import image
 from matplotlib.lines import Line2D
 
+from dsv2_train.monitor.expert_map import ExpertMap, encode_map
 from dsv2_train.monitor.metrics import layer_key
-from dsv2_train.monitor.plots import _load_figure, _loss_figure, draw_plots
+from dsv2_train.monitor.plots import _load_figure, _loss_figure, _map_figure, draw_plots
 from dsv2_train.monitor.rows import encode_row
 
 LOAD = "moe/expert_load_max_over_mean"
@@ -45,9 +46,14 @@ def write(path: Path, rows: list[dict[str, float]]) -> Path:
     return path
 
 
+def draw(metrics: Path, folder: Path) -> list[Path]:
+    """Without a map of experts."""
+    return draw_plots(metrics, metrics.with_name("none"), folder, "a run")
+
+
 def test_both_pictures_are_drawn_and_not_blank(tmp_path: Path) -> None:
     metrics = write(tmp_path / "metrics.jsonl", make_rows(20))
-    drawn = draw_plots(metrics, tmp_path / "plots", "a run")
+    drawn = draw(metrics, tmp_path / "plots")
     assert drawn == [tmp_path / "plots" / "loss.png", tmp_path / "plots" / "expert_load.png"]
     for path in drawn:
         pixels = image.imread(path)[:, :, :3]
@@ -91,30 +97,44 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path: Path, bad: float) -> 
     rows = make_rows(5)
     rows[3]["train/loss"] = bad
     assert len(points(_loss_figure(rows, "a run").axes[0].get_lines()[0])[0]) == 4
-    draw_plots(write(tmp_path / "metrics.jsonl", rows), tmp_path, "a run")
+    draw(write(tmp_path / "metrics.jsonl", rows), tmp_path)
 
 
 def test_even_load_in_every_layer_is_drawn(tmp_path: Path) -> None:
     rows = make_rows(3)
     for row in rows:
         row |= {key: 1.0 for key in row if key.startswith("moe/")}
-    assert len(draw_plots(write(tmp_path / "metrics.jsonl", rows), tmp_path, "a run")) == 2
+    assert len(draw(write(tmp_path / "metrics.jsonl", rows), tmp_path)) == 2
 
 
 def test_what_has_no_data_is_not_drawn(tmp_path: Path) -> None:
     metrics = write(tmp_path / "metrics.jsonl", make_rows(5, with_load=False))
-    assert [path.name for path in draw_plots(metrics, tmp_path, "a run")] == ["loss.png"]
+    assert [path.name for path in draw(metrics, tmp_path)] == ["loss.png"]
     write(metrics, make_rows(1))
-    assert draw_plots(metrics, tmp_path / "plots", "a run") == []
+    assert draw(metrics, tmp_path / "plots") == []
     write(metrics, [])
-    assert draw_plots(metrics, tmp_path / "plots", "a run") == []
+    assert draw(metrics, tmp_path / "plots") == []
+
+
+def test_the_last_map_of_experts_is_drawn(tmp_path: Path) -> None:
+    maps = tmp_path / "expert_map.jsonl"
+    shape = {"layers": [1, 2], "sent": [[1.0, 1.0]] * 2}
+    ones = [ExpertMap(load=[[load] * 4] * 2, **shape) for load in (1.0, 2.5)]
+    maps.write_text("".join(encode_map(10 * n, one) for n, one in enumerate(ones, start=1)))
+    no_rows = write(tmp_path / "metrics.jsonl", [])
+    drawn = draw_plots(no_rows, maps, tmp_path / "plots", "a run")
+    assert [path.name for path in drawn] == ["expert_map.png"]
+    assert image.imread(drawn[0])[..., :3].std() > 0.05
+    axes = _map_figure(20, ones[1], "a run").axes[0]
+    assert axes.images[0].get_array().tolist() == ones[1].load
+    assert axes.get_title(loc="left") == "a run: experts at step 20"
 
 
 def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
     metrics = write(tmp_path / "metrics.jsonl", make_rows(5))
     code = (
         "import sys; from pathlib import Path; from dsv2_train.monitor.plots import draw_plots; "
-        f"draw_plots(Path({str(metrics)!r}), Path({str(tmp_path)!r}), 'a run'); "
+        f"draw_plots(Path({str(metrics)!r}), Path('none'), Path({str(tmp_path)!r}), 'a run'); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)

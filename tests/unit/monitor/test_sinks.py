@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dsv2_train.monitor.rows import read_rows
-from dsv2_train.monitor.sinks import ConsoleSink, JsonlSink, _duration
+from dsv2_train.monitor.rows import encode_row, read_rows, step_of_row
+from dsv2_train.monitor.sinks.console import ConsoleSink, _duration
+from dsv2_train.monitor.sinks.jsonl import JsonlSink
 
 
 class Clock:
@@ -125,9 +126,9 @@ def test_duration(seconds: float | None, words: str) -> None:
 
 def test_row_is_in_the_file_before_it_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    sink = JsonlSink(path, first_step=0, aside_folder=tmp_path / "logs")
+    sink = JsonlSink(path, 0, tmp_path / "logs", step_of_row)
     for step in (10, 20):
-        sink.record(make_row(step))
+        sink.write(encode_row(make_row(step)))
         assert read_rows(path)[-1] == make_row(step)
     sink.close()
 
@@ -135,9 +136,9 @@ def test_row_is_in_the_file_before_it_is_closed(tmp_path: Path) -> None:
 def test_resumed_file_tells_one_history(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for first_step, steps in ((0, (10, 20, 30)), (10, (20, 30, 40)), (40, (50,))):
-        sink = JsonlSink(path, first_step, tmp_path / "logs")
+        sink = JsonlSink(path, first_step, tmp_path / "logs", step_of_row)
         for step in steps:
-            sink.record(make_row(step))
+            sink.write(encode_row(make_row(step)))
         sink.close()
     assert [row["step"] for row in read_rows(path)] == [10, 20, 30, 40, 50]
     (aside,) = (tmp_path / "logs").iterdir()

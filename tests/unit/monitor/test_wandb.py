@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib import image
 
-from dsv2_train.monitor.sinks import WandbSink
+from dsv2_train.monitor.sinks.wandb import WandbSink
 from tests.unit.monitor.wandb_file import read_history, read_records, wandb_processes
 
 # Each of these runs in a process of its own, since wandb keeps settings and login in the process.
@@ -15,7 +17,7 @@ NO_SERVER = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
 MAKE_ONLINE = """
 import sys
 from pathlib import Path
-from dsv2_train.monitor import sinks
+from dsv2_train.monitor.sinks import wandb as sinks
 sinks._WANDB_CONNECT_TIMEOUT_S = 2
 folder = Path(sys.argv[1])
 sink = sinks.WandbSink(
@@ -29,7 +31,7 @@ print(sink.folder.name)
 KILL_WANDB = """
 import os, signal, sys, time
 from pathlib import Path
-from dsv2_train.monitor import sinks
+from dsv2_train.monitor.sinks import wandb as sinks
 from tests.unit.monitor.wandb_file import wandb_processes
 sink = sinks.WandbSink(
     Path(sys.argv[1]), "offline", project="p", run_id=None, config={}, warn=print
@@ -83,6 +85,24 @@ def test_offline_run_holds_rows_and_config_and_says_nothing(
     assert run.display_name == "run"
     assert run.project == "p"
     assert "model" in [update.key for update in run.config.update]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_pictures_and_alerts_are_recorded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sink = start(tmp_path / "run")
+    sink.record_picture("moe/expert_map", np.zeros((8, 16, 3), dtype=np.uint8), step=10)
+    sink.alert("routing", "layer 3: dead experts")
+    sink.close()
+    (row,) = read_history(sink.folder)
+    assert row["step"] == 10
+    (picture,) = (sink.folder / "files" / "media").rglob("*.png")
+    assert image.imread(picture).shape[:2] == (8, 16)
+    (alert,) = [
+        r.alert for r in read_records(sink.folder) if r.WhichOneof("record_type") == "alert"
+    ]
+    assert (alert.title, alert.text) == ("routing", "layer 3: dead experts")
     assert capfd.readouterr() == ("", "")
 
 

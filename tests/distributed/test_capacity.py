@@ -1,0 +1,102 @@
+"""One budget for a group of ranks, whoever holds which sequence; exempt ones lose nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dsv2_train.distributed import groups as process_groups
+from dsv2_train.model.moe.capacity import DeviceCapacity
+from tests.distributed.test_expert_parallel import layer_config
+from tests.helpers.model import build_on_cpu, roughen
+from tests.helpers.world import World
+
+NUM_SEQUENCES, LENGTH, NUM_EXPERTS, NUM_GROUPS, TOP_K = 4, 40, 16, 8, 3
+EXEMPT = torch.tensor([False, False, True, False])
+
+
+def _affinities() -> torch.Tensor:
+    """[S, B, E] that prefer some experts, with many ties."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (LENGTH, NUM_SEQUENCES, NUM_EXPERTS)
+    steps = torch.randint(0, 4, shape, generator=generator) + torch.arange(NUM_EXPERTS) // 6
+    return (steps * 0.5).softmax(-1)
+
+
+def _decide(rank: int, scope: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, K] experts of this rank's sequences and which are kept, by sequence."""
+    size = dist.get_world_size()
+    per_rank = NUM_SEQUENCES // size
+    ours = slice(rank * per_rank, (rank + 1) * per_rank)
+    affinities = _affinities()[:, ours]
+    experts = affinities.flatten(0, 1).topk(TOP_K).indices
+    group = dist.group.WORLD if scope == "ep_group" else None
+    capacity = DeviceCapacity(1.0, NUM_GROUPS, group)
+    kept = capacity.surviving(affinities, experts, EXEMPT[ours])
+    by_sequence = (LENGTH, per_rank, TOP_K)
+    return experts.view(by_sequence).transpose(0, 1), kept.view(by_sequence).transpose(0, 1)
+
+
+def _everyone(world: World, size: int, scope: str) -> tuple[torch.Tensor, torch.Tensor]:
+    results: list[Any] = world.run(_decide, size, scope)
+    experts, kept = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return experts, kept
+
+
+def test_the_decision_does_not_depend_on_the_split_over_ranks(world: World) -> None:
+    experts, alone = _everyone(world, 1, "ep_group")
+    assert 0 < (~alone).sum() < alone.numel()
+    for size in (2, 4):
+        split_experts, split = _everyone(world, size, "ep_group")
+        assert torch.equal(split_experts, experts)
+        assert torch.equal(split, alone)
+
+
+def test_a_budget_of_its_own_for_each_rank_is_another_decision(world: World) -> None:
+    _, together = _everyone(world, 4, "ep_group")
+    _, apart = _everyone(world, 4, "rank")
+    assert not torch.equal(together, apart)
+
+
+def test_no_group_exceeds_its_budget_but_by_exempt_assignments(world: World) -> None:
+    experts, kept = _everyone(world, 4, "ep_group")
+    budget = NUM_SEQUENCES * LENGTH * TOP_K // NUM_GROUPS
+    groups = experts // (NUM_EXPERTS // NUM_GROUPS)
+    for group in range(NUM_GROUPS):
+        computed = (groups == group) & kept
+        assert computed.sum() <= max(budget, computed[EXEMPT].sum())
+        assert computed.sum() == min(budget, (groups == group).sum())
+    assert kept[EXEMPT].all()
+
+
+def _outputs(rank: int, capacity: str) -> dict[str, torch.Tensor]:
+    """Of one layer, by sequence: in training, in evaluation, and how many were dropped."""
+    model, _ = build_on_cpu(layer_config(2, "fp64", f"recipe.capacity_factor={capacity}"))
+    roughen(model)
+    layer = model.decoder.layers[1].mlp
+    hidden = torch.randn(
+        8, 2, 16, generator=torch.Generator().manual_seed(rank), dtype=torch.float64
+    )
+    layer.exempt = torch.tensor([False, True])
+    training = layer(hidden)[0].detach()
+    dropped = layer.statistics[-4].clone()
+    layer.eval()
+    evaluation = layer(hidden)[0].detach()
+    process_groups.destroy()
+    return {"training": training, "evaluation": evaluation, "dropped": dropped}
+
+
+@pytest.mark.parametrize("capacity", ["0.5", "1.0"])
+def test_exempt_sequences_and_evaluation_are_as_without_a_capacity(
+    world: World, capacity: str
+) -> None:
+    limited, free = (world.run(_outputs, 2, value) for value in (capacity, "null"))
+    for ours, theirs in zip(limited, free, strict=True):
+        assert ours["dropped"] > 0 and theirs["dropped"] == 0
+        # fp64 sums in another order.
+        torch.testing.assert_close(
+            ours["training"][:, 1], theirs["training"][:, 1], rtol=1e-12, atol=1e-12
+        )
+        assert not torch.allclose(ours["training"][:, 0], theirs["training"][:, 0])
+        assert torch.equal(ours["evaluation"], theirs["evaluation"])
