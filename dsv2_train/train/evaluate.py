@@ -16,7 +16,7 @@ def evaluate(run: Run) -> float:
     part of it. Collective.
     """
     recipe, dp = run.config.recipe, run.groups.dp
-    num_microbatches = recipe.eval_num_samples // (recipe.micro_batch_size * dp.size())
+    num_microbatches = run.num_microbatches(recipe.eval_num_samples)
     data = batches(
         run.validation_split,
         consumed_samples=0,

@@ -17,10 +17,11 @@ def train(run: Run) -> None:
         result = train_step(run, point)
         run.clock = run.clock.advance(point)
         require_finite(run.clock, result)
-        run.telemetry.end_step(run.clock, point, result)
+        validation_loss = None
         if run.evaluation_due:
             with run.telemetry.stopwatch.evaluation():
-                run.telemetry.evaluated(run.clock, evaluate(run))
+                validation_loss = evaluate(run)
+        run.telemetry.end_step(run.clock, point, result, validation_loss)
         if run.checkpoints.due(run.clock.step):
             with run.telemetry.stopwatch.checkpoint():
                 run.save()

@@ -57,12 +57,9 @@ class Run:
         """True after every `recipe.eval_every_steps`-th step and after the last one."""
         return self.clock.step % self.config.recipe.eval_every_steps == 0 or self.is_done
 
-    @property
-    def num_microbatches(self) -> int:
-        """Micro-batches of the step that starts now, on each pipeline."""
-        recipe, dp = self.config.recipe, self.groups.dp.size()
-        batch_size = self.schedule.at(self.clock).global_batch_size
-        return batch_size // (recipe.micro_batch_size * dp)
+    def num_microbatches(self, num_samples: int) -> int:
+        """Micro-batches of each pipeline, if the pipelines share `num_samples`."""
+        return num_samples // (self.config.recipe.micro_batch_size * self.groups.dp.size())
 
     def save(self) -> Path:
         """Write a checkpoint of the current clock. Collective."""

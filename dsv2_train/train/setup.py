@@ -134,7 +134,7 @@ def _start_up(run: Run, choices: list[Choice]) -> StartUp:
     on_gpu = device.type == "cuda"
     whole = model_parameters(config.model)
     stages = stage_parameters(config.model, config.parallel)
-    parallel = config.parallel
+    parallel, batch_size = config.parallel, run.schedule.at(run.clock).global_batch_size
     return StartUp(
         run_name=config.run.name,
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -144,9 +144,9 @@ def _start_up(run: Run, choices: list[Choice]) -> StartUp:
         num_activated_parameters=whole.activated(config.model).total,
         parameters_per_rank=tuple(stage.on_rank(parallel).total for stage in stages),
         sequence_length=config.recipe.sequence_length,
-        global_batch_size=run.schedule.at(run.clock).global_batch_size,
+        global_batch_size=batch_size,
         micro_batch_size=config.recipe.micro_batch_size,
-        num_microbatches=run.num_microbatches,
+        num_microbatches=run.num_microbatches(batch_size),
         first_step=run.clock.step,
         total_steps=run.schedule.num_steps,
         total_tokens=run.schedule.budget_tokens,

@@ -24,17 +24,16 @@ def train_step(run: Run, point: Point) -> StepResult:
         Losses and gradient norm; nothing is read back to the host here.
     """
     run.optimizer.zero_grad()
+    num_microbatches = run.num_microbatches(point.global_batch_size)
     data = batches(
         run.train_split,
         consumed_samples=run.clock.consumed_samples,
-        num_microbatches=run.num_microbatches,
+        num_microbatches=num_microbatches,
         micro_batch_size=run.config.recipe.micro_batch_size,
         dp_rank=run.groups.dp.rank(),
         dp_size=run.groups.dp.size(),
     )
-    reported = forward_backward(
-        run, run.telemetry.data(data), run.num_microbatches, forward_only=False
-    )
+    reported = forward_backward(run, run.telemetry.data(data), num_microbatches, forward_only=False)
     update = run.optimizer.step(point.lr)
     return StepResult(loss=mean_loss(run, reported), grad_norm=update.grad_norm)
 

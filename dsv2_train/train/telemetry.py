@@ -77,21 +77,30 @@ class Telemetry:
         """The same batches; the wait for them is measured."""
         return self.stopwatch.timed(batches)
 
-    def end_step(self, clock: Clock, point: Point, result: StepResult) -> None:
-        """Count a step; on a log step, reduce, read and report. Collective.
+    def end_step(
+        self, clock: Clock, point: Point, result: StepResult, validation_loss: float | None
+    ) -> None:
+        """Count a step; on a log step and with every evaluation, reduce, read and report.
 
         Args:
             clock: after the step.
             point: what the recipe asked of the step.
             result: what the step reported.
+            validation_loss: of an evaluation after the step.
+
+        Note:
+            Collective over all ranks.
         """
         monitor = self._config.monitor
         self.stopwatch.add_step(point.num_tokens)
         number, rest = divmod(clock.step, monitor.log_every_steps)
-        if rest and clock.step != 1:
+        if rest and clock.step != 1 and validation_loss is None:
             return
         routed = gather_step(self._mixtures, self._config.model, self._world)
-        self._report(clock, self._row(point, result, routed))
+        row = self._row(point, result, routed)
+        if validation_loss is not None:
+            row["eval/loss"] = validation_loss
+        self._report(clock, row)
         map_is_due = not rest and number % monitor.expert_map_every_rows == 0 and routed.layers
         if map_is_due and self._monitor is not None:
             self._monitor.record_map(expert_map(routed, self._config.model), clock.step)
@@ -111,10 +120,6 @@ class Telemetry:
         )
         routing = routing_row(routed, self._config.model)
         return {**row, **routing, **speed, **peak_memory(self._device)}
-
-    def evaluated(self, clock: Clock, loss: float) -> None:
-        """Report a validation loss."""
-        self._report(clock, {"eval/loss": loss})
 
     def _report(self, clock: Clock, row: dict[str, float]) -> None:
         if self._monitor is not None:

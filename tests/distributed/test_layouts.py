@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from dsv2_train.config.run import RunConfig
+from dsv2_train.monitor.rows import read_rows
+from dsv2_train.train import loop
 from dsv2_train.train.run import Run
 from dsv2_train.train.step import train_step
 from tests.helpers.corpus import synthetic_folder
@@ -146,6 +148,51 @@ def test_model_and_first_steps_do_not_depend_on_the_layout(
     for trace in traces:
         norms = torch.tensor(trace.norms)
         torch.testing.assert_close(norms, torch.tensor(reference[0].norms), rtol=1e-5, atol=0)
+
+
+def _rows(rank: int, config: RunConfig) -> tuple[list[dict[str, float]], float]:
+    """A whole run: its rows, and on one rank the validation loss worked out sample by sample."""
+    run = open_run(rank, config)
+    loop.train(run)
+    by_hand = 0.0
+    if config.parallel.world_size == 1:
+        windows = run.validation_split.windows[: config.recipe.eval_num_samples]
+        samples = torch.from_numpy(windows.astype("int64"))
+        run.chunk.eval()
+        with torch.no_grad():
+            inputs = {"position_ids": None, "attention_mask": None}
+            losses = [
+                run.chunk(one[:, :-1], labels=one[:, 1:], **inputs) for one in samples.split(1)
+            ]
+        by_hand = torch.cat(losses).double().mean().item()
+    close_run(run)
+    return read_rows(config.run.folder / "metrics.jsonl"), by_hand
+
+
+@pytest.mark.parametrize("layout", ["PP2 EP2", "PP1 EP1 DP4", "PP4 EP1"])
+def test_a_run_tells_the_same_at_any_layout(
+    world: World, data: Path, tmp_path: Path, layout: str
+) -> None:
+    def run(name: str) -> tuple[list[dict[str, float]], float]:
+        size, overrides = LAYOUTS[name]
+        folder = tmp_path / name.replace(" ", "")
+        config = run_config(folder, data, f"parallel.world_size={size}", *overrides)
+        rows: list[tuple[list[dict[str, float]], float]] = world.run(_rows, size, config)
+        return rows[0]
+
+    expected, by_hand = run("PP1 EP1")
+    # fp32 means over the samples of a micro-batch.
+    assert expected[-1]["eval/loss"] == pytest.approx(by_hand, rel=1e-6)
+    rows, _ = run(layout)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [3, 6]
+    for row, other in zip(rows, expected, strict=True):
+        told = {key for key in other if not key.startswith(("perf/", "mem/"))}
+        assert told == {key for key in row if not key.startswith(("perf/", "mem/"))}
+        assert {"train/loss", "train/grad_norm", "moe/devices_per_token"} < told
+        for key in told:
+            # After six steps of fp32 sums in other orders.
+            assert row[key] == pytest.approx(other[key], rel=1e-4), key
 
 
 def test_a_balance_loss_of_half_the_weight_is_another_gradient(
