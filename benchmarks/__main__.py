@@ -1,8 +1,7 @@
 """Measure everything: full steps, growth with the number of experts, single ops."""
 
 import argparse
-import logging
-import warnings
+import functools
 
 import torch
 import torch.distributed as dist
@@ -10,8 +9,19 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import report
+from benchmarks.balance import LAST_STEPS, draw, outcome, train_all
+from benchmarks.dropping import BIAS_STDS, dropped_shares
+from benchmarks.exchange import (
+    COUNTED_EP,
+    COUNTED_TOKENS,
+    TIMED_EP,
+    TIMED_TOKENS,
+    count_bytes,
+    time_passes,
+)
 from benchmarks.limits import limits
 from benchmarks.ops import compare_ops
+from benchmarks.ranks import quiet
 from benchmarks.step import compare
 from benchmarks.timing import Ratio
 from benchmarks.workload import workload
@@ -24,21 +34,33 @@ SLOW_REPEATS = 2
 
 
 def main() -> None:
-    """Run the parts that are asked for, all by default; prints tables and writes results/*.json."""
-    parts = {"step": _step, "scaling": _scaling, "ops": _ops}
+    """Run the parts that are asked for; prints tables and writes results/*.json."""
+    parts = {
+        "step": _step,
+        "scaling": _scaling,
+        "ops": _ops,
+        "exchange": _exchange,
+        "dropping": _dropping,
+        "balance": _balance,
+    }
+    default = [name for name in parts if name != "balance"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[[], *parts], help="default: all")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        choices=[[], *parts],
+        help="default: all but balance, which trains the quickstart three times",
+    )
     parser.add_argument("--repeats", type=int, default=8, help="alternating runs of each")
     arguments = parser.parse_args()
-    groups = _one_rank()
-    for name in arguments.parts or parts:
-        parts[name](groups, arguments.repeats)
+    quiet()
+    for name in arguments.parts or default:
+        parts[name](arguments.repeats)
 
 
+@functools.cache
 def _one_rank() -> ProcessGroupCollection:
     """This process as the only rank, on one thread."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     cpu_ranks.install()
@@ -47,7 +69,8 @@ def _one_rank() -> ProcessGroupCollection:
     return process_groups.build(config.parallel, timeout_s=60)
 
 
-def _step(groups: ProcessGroupCollection, repeats: int) -> None:
+def _step(repeats: int) -> None:
+    groups = _one_rank()
     peers = ("transformers", "transformers, foreach AdamW", "megatron-core")
     results = {}
     for length, names, count in (
@@ -66,8 +89,9 @@ def _step(groups: ProcessGroupCollection, repeats: int) -> None:
     print(f"\nwritten: {report.write('step', {'steps': results, 'limits': found})}")
 
 
-def _scaling(groups: ProcessGroupCollection, repeats: int) -> None:
+def _scaling(repeats: int) -> None:
     """Cost of forward and backward as experts are added that each token uses no more of."""
+    groups = _one_rank()
     peers = ("transformers", "megatron-core")
     best: dict[str, dict[int, float]] = {}
     for num_experts in (32, 64, NUM_EXPERTS):
@@ -81,13 +105,70 @@ def _scaling(groups: ProcessGroupCollection, repeats: int) -> None:
     print(f"\nwritten: {report.write('scaling', {'forward_backward_s': best})}")
 
 
-def _ops(groups: ProcessGroupCollection, repeats: int) -> None:
-    del groups
+def _ops(repeats: int) -> None:
+    _one_rank()
     ratios: dict[str, Ratio] = compare_ops(2 * repeats)
     print("\nforward and backward of one op: torch's way, of ours")
     for name, one in ratios.items():
         print(f"  {name:44}{report.show(one):>24}")
     print(f"\nwritten: {report.write('ops', {'of_ours': ratios})}")
+
+
+def _exchange(repeats: int) -> None:
+    """Bytes and time of moving tokens to their experts and back, at DeepSeek-V2's sizes."""
+    counted = count_bytes()
+    print(
+        f"\nbytes received from other ranks, EP {COUNTED_EP}, {COUNTED_TOKENS} tokens a rank, "
+        "one layer, MB over all ranks"
+    )
+    totals = {}
+    for name, passes in counted.items():
+        totals[name] = sum(one.total for one in passes.values())
+        cells = "".join(
+            f"  {part}: {one.rows / 1e6:.1f} + {one.other / 1e6:.2f}"
+            for part, one in passes.items()
+        )
+        print(f"{name:16}{cells}  (rows + counts, gate values, keys)")
+    share = totals["dsv2_train"] / totals["megatron-core"]
+    print(f"ours / megatron-core's: {share:.3f}")
+    times, how_many = time_passes(repeats)
+    print(f"\nforward and backward, EP {TIMED_EP} over gloo, {TIMED_TOKENS} tokens a rank")
+    for name, one in times.items():
+        print(f"{name:16}  {one.best:.3f} / {one.median:.3f} s (best / median)")
+    print(f"megatron-core's time over ours: {report.show(how_many)}")
+    result = {"received": counted, "share": share, "seconds": times, "of_ours": how_many}
+    print(f"\nwritten: {report.write('exchange', result)}")
+
+
+def _dropping(repeats: int) -> None:
+    """Shares of assignments dropped at capacity 1.0; nothing is timed."""
+    del repeats
+    shares = {str(std): dropped_shares(std) for std in BIAS_STDS}
+    print(
+        "\nassignments dropped at capacity 1.0, 160 experts, D 8, M 3, K 6, 8 ranks x 4,096 tokens"
+    )
+    print(
+        f"{'bias of experts':>16}{'per device':>14}{'by rank alone':>16}{'per expert (mcore)':>20}"
+    )
+    for std, one in shares.items():
+        cells = f"{one.device:14.1%}{one.device_by_rank:16.1%}{one.expert_by_rank:20.1%}"
+        print(f"{std:>16}{cells}")
+    print(f"\nwritten: {report.write('dropping', {'dropped': shares})}")
+
+
+def _balance(repeats: int) -> None:
+    """Three trainings of the quickstart, of about two minutes each."""
+    del repeats
+    runs = train_all(report.RESULTS / "balance_runs")
+    outcomes = {name: outcome(rows) for name, rows in runs.items()}
+    print(f"\nquickstart, busiest / mean: means over layers and the last {LAST_STEPS} steps")
+    print(f"{'':26}{'device load':>12}{'expert load':>12}{'dropped':>9}{'eval loss':>11}")
+    for name, one in outcomes.items():
+        cells = f"{one.device_load:12.3f}{one.expert_load:12.3f}{one.dropped_share:9.1%}"
+        print(f"{name:26}{cells}{one.validation_loss:11.3f}")
+    picture = report.RESULTS / "balance.png"
+    draw(runs, picture)
+    print(f"\nwritten: {report.write('balance', {'outcomes': outcomes})}, {picture}")
 
 
 if __name__ == "__main__":

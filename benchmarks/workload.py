@@ -1,5 +1,7 @@
 """The workload: a tiny DeepSeek-V2 with as many experts as the real one."""
 
+from collections.abc import Mapping
+
 import torch
 
 from benchmarks.contender import Batch
@@ -34,6 +36,7 @@ _OVERRIDES = {
     "recipe.expert_balance_alpha": 0.0,
     "recipe.device_balance_alpha": 0.0,
     "recipe.communication_balance_alpha": 0.0,
+    "recipe.capacity_factor": "null",
     "recipe.precision": "fp32",
     "optim.lr": LEARNING_RATE,
 }
@@ -53,6 +56,11 @@ def workload(num_experts: int, sequence_length: int) -> RunConfig:
         "recipe.micro_batch_size": num_samples,
         "recipe.global_batch_size": num_samples,
     }
+    return compose(overrides)
+
+
+def compose(overrides: Mapping[str, object]) -> RunConfig:
+    """A configuration that must be right."""
     values, problems = compose_values([f"{key}={value}" for key, value in overrides.items()])
     config, more = check(values)
     if problems + more:

@@ -65,10 +65,8 @@ def _dispatcher(
 ) -> Choice | Problem:
     if parallel.ep == 1 and asked == "device_dedup":
         return Choice(op, "none", "all experts of a layer are on one rank")
-    if asked == "deepep" and (device.type != "cuda" or parallel.ep == 1):
-        return Problem(f"parallel.{op}", asked, "needs CUDA devices and parallel.ep > 1")
-    if asked == "deepep" and importlib.util.find_spec("deep_ep") is None:
-        return Problem(f"parallel.{op}", asked, "needs DeepEP (module deep_ep), not installed here")
+    if asked == "deepep" and (missing := _why_no_deepep(parallel, device)):
+        return Problem(f"parallel.{op}", asked, f"not possible here: {missing}")
     reason = "one copy of a token a device" if asked == "device_dedup" else "asked for"
     return Choice(op, asked, reason)
 
@@ -81,6 +79,14 @@ def _experts(
     if device.type == "cuda":
         return Choice(op, "grouped_mm", "torch's grouped matmul serves CUDA")
     return Choice(op, "loop", "fastest on a CPU and flat in the number of experts")
+
+
+def _why_no_deepep(parallel: ParallelConfig, device: torch.device) -> str | None:
+    if device.type != "cuda" or parallel.ep == 1:
+        return "needs CUDA devices and parallel.ep > 1"
+    if importlib.util.find_spec("deep_ep") is None:
+        return "DeepEP (module deep_ep) is not installed"
+    return None
 
 
 def _why_no_te(device: torch.device) -> str | None:

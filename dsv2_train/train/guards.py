@@ -22,6 +22,6 @@ def require_finite(clock: Clock, result: StepResult) -> None:
     norm = result.grad_norm.item()
     if not math.isfinite(norm):
         raise FloatingPointError(
-            f"step {clock.step}: the gradient norm is {norm}. Nothing of the step was saved: the same"
-            " line goes on from the newest checkpoint, or begins anew; a smaller optim.lr may help"
+            f"step {clock.step}: the gradient norm is {norm}. Nothing was saved: the same line,"
+            " given again, goes on from the newest checkpoint; a smaller optim.lr may help"
         )

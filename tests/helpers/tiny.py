@@ -20,6 +20,7 @@ TINY = (
     "model.num_routed_experts=16",
     "recipe.sequence_length=24",
     "recipe.micro_batch_size=2",
+    "recipe.capacity_factor=null",
 )
 
 

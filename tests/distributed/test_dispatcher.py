@@ -1,0 +1,127 @@
+"""What travels between expert ranks, and megatron-core's dispatchers in the place of ours."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe import token_dispatcher
+
+from dsv2_train.config.problems import ConfigError
+from dsv2_train.distributed import exchange
+from dsv2_train.distributed import groups as process_groups
+from dsv2_train.model.implementation import choose
+from dsv2_train.model.moe.dispatcher import ExpertParallelDispatch
+from tests.distributed.test_expert_parallel import layer_config
+from tests.helpers.model import CPU, build_on_cpu, roughen
+from tests.helpers.world import World
+
+NUM_EXPERTS, TOKENS = 8, 40
+
+
+def _routed(rank: int) -> torch.Tensor:
+    """[T, E] bool: zero to five experts a token, none of those of the last two."""
+    generator = torch.Generator().manual_seed(rank)
+    routed = torch.rand(TOKENS, NUM_EXPERTS, generator=generator) < 0.4
+    routed[:, -2:] = False
+    return routed
+
+
+def _sent(rank: int) -> tuple[list[int], list[int]]:
+    """Rows sent to each rank by dispatch and by combine."""
+    assert dist.group.WORLD is not None
+    routed = _routed(rank)
+    made: list[exchange.Exchange] = []
+    create = exchange.Exchange.__init__
+
+    def remember(self: exchange.Exchange, *args: Any) -> None:
+        made.append(self)
+        create(self, *args)
+
+    with mock.patch.object(exchange.Exchange, "__init__", remember):
+        dispatch = ExpertParallelDispatch(
+            torch.randn(TOKENS, 3), routed.float(), routed, dist.group.WORLD
+        )
+    dispatch.issue_combine(dispatch.arrived().rows)
+    dispatch.combined()
+    return made[0]._send, made[1]._receive
+
+
+def test_a_token_travels_once_to_each_rank_it_needs_and_back(world: World) -> None:
+    for rank, (dispatched, combined) in enumerate(world.run(_sent, 4)):
+        needed = _routed(rank).view(TOKENS, 4, 2).any(-1).sum(0).tolist()
+        assert dispatched == combined == needed
+        assert needed[3] == 0
+
+
+class _FakeDeepEP:
+    """DeepEP's two calls, forward only: all goes everywhere, each rank keeps what it needs."""
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        indices: torch.Tensor,
+        probs: torch.Tensor,
+        num_experts: int,
+        group: dist.ProcessGroup,
+        **unused: bool,
+    ) -> tuple[Any, ...]:
+        per_rank = num_experts // group.size()
+        everyone = [self._gather(tensor, group) for tensor in (x, indices, probs)]
+        local = everyone[1] - per_rank * group.rank()
+        ours = (local >= 0) & (local < per_rank)
+        needed = ours.any(dim=1)
+        counts = torch.bincount(local[ours], minlength=per_rank)
+        local = local.masked_fill(~ours, -1)
+        return everyone[0][needed], local[needed], everyone[2][needed], counts, needed
+
+    def combine(
+        self, x: torch.Tensor, group: dist.ProcessGroup, needed: torch.Tensor, **unused: bool
+    ) -> tuple[torch.Tensor, None]:
+        whole = x.new_zeros(needed.size(0), x.size(1))
+        whole[needed] = x
+        dist.all_reduce(whole, group=group)
+        return whole.chunk(group.size())[group.rank()], None
+
+    def _gather(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts)
+
+
+@torch.no_grad()
+def _outputs(rank: int, *overrides: str) -> torch.Tensor:
+    """[S, B, h] of one layer."""
+    config = layer_config(2, "fp32", *overrides)
+    fake = _FakeDeepEP()
+    with (
+        mock.patch.object(token_dispatcher, "fused_dispatch", fake.dispatch),
+        mock.patch.object(token_dispatcher, "fused_combine", fake.combine),
+        mock.patch.object(token_dispatcher, "set_deepep_num_sms", lambda _: None),
+        mock.patch("dsv2_train.model.implementation._why_no_deepep", return_value=None),
+    ):
+        model, _ = build_on_cpu(config)
+        roughen(model)
+        layer = model.decoder.layers[1].mlp
+        hidden = torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(rank))
+        output = layer(hidden)[0]
+    process_groups.destroy()
+    return output
+
+
+@pytest.mark.parametrize("dispatcher", ["megatron_alltoall", "deepep"])
+def test_megatron_core_s_dispatchers_give_the_same_output(world: World, dispatcher: str) -> None:
+    """DeepEP itself needs a GPU: here its calls are answered by plain collectives."""
+    theirs = (f"parallel.dispatcher={dispatcher}", "parallel.overlap_shared_experts=false")
+    for ours, other in zip(world.run(_outputs, 2), world.run(_outputs, 2, *theirs), strict=True):
+        torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-5)  # fp32, other order
+
+
+@pytest.mark.parametrize(("ep", "words"), [(2, "needs CUDA devices"), (1, "parallel.ep > 1")])
+def test_deepep_is_refused_where_it_cannot_run(ep: int, words: str) -> None:
+    config = layer_config(
+        ep, "fp32", "parallel.dispatcher=deepep", "parallel.overlap_shared_experts=false"
+    )
+    with pytest.raises(ConfigError, match=words):
+        choose(config.parallel, CPU)
