@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _say_what_is_where(run: Run, command: str) -> None:
     if run.monitor is None:
         return
-    steps = f"{run.clock.step} of {run.schedule.num_steps} steps"
+    steps = f"{run.clock.step} of {run.schedule.last_step(run.clock)} steps"
     closing = Closing(
         headline=f"{'done' if run.is_done else 'stopped cleanly'}: {steps}",
         checkpoint=latest_complete(run.checkpoints.folder),
@@ -65,7 +65,7 @@ def _say_what_is_where(run: Run, command: str) -> None:
 
 def _next_commands(run: Run, command: str) -> list[tuple[str, str]]:
     """What a user can do next, from the line that started this run; only what would be accepted."""
-    config, steps = run.config, run.schedule.num_steps
+    config, steps = run.config, run.schedule.last_step(run.clock)
     resume = ("resume", command)
     if run.is_done:
         resume = ("train longer", f"{command} recipe.num_steps={2 * steps}")

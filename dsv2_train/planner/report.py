@@ -13,7 +13,7 @@ from dsv2_train.planner.layout import (
     plan_stages,
 )
 from dsv2_train.planner.timetable import Moment, timetable
-from dsv2_train.recipe.clock import Schedule
+from dsv2_train.recipe.clock import Clock, Schedule
 from dsv2_train.recipe.flops import Context, ForwardFlops, forward_flops
 from dsv2_train.recipe.parameters import ParameterCount, model_parameters
 from dsv2_train.recipe.utilization import peak_tflops
@@ -168,11 +168,12 @@ def _flops(config: RunConfig, context: Context) -> FlopsPerToken:
 
 def _cost(config: RunConfig) -> Cost:
     schedule = Schedule(config.recipe, config.optim)
-    num_tokens = schedule.consumed_tokens(schedule.clock_at_step(schedule.num_steps))
+    num_steps = schedule.last_step(Clock())
+    num_tokens = schedule.consumed_tokens(schedule.clock_at_step(num_steps))
     flops = num_tokens * _flops(config, "causal").training
     peak = peak_tflops(config.cluster.device, config.recipe.precision)
     return Cost(
-        num_steps=schedule.num_steps,
+        num_steps=num_steps,
         num_tokens=num_tokens,
         training_flops=flops,
         training_flops_full=num_tokens * _flops(config, "full").training,

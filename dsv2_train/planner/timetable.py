@@ -65,7 +65,7 @@ def _turning_points(config: RunConfig, schedule: Schedule) -> Iterator[tuple[str
         yield "batch ramp over", schedule.clock_at(ramp_samples(recipe) * recipe.sequence_length)
     for share, milestone in zip(recipe.decay_at, schedule.milestones, strict=True):
         yield f"decay at {100 * share:g}%", schedule.clock_at(milestone)
-    yield "last step", schedule.clock_at_step(schedule.num_steps - 1)
+    yield "last step", schedule.clock_at_step(schedule.last_step(Clock()) - 1)
 
 
 def _moment(config: RunConfig, schedule: Schedule, event: str, clock: Clock) -> Moment:

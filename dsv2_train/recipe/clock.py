@@ -67,11 +67,6 @@ class Schedule:
         self.budget_tokens = _budget_tokens(recipe, self._trace)
         self.milestones = decay_milestones(recipe, self.budget_tokens)
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of a run from its beginning to its end."""
-        return self.last_step(Clock())
-
     def at(self, clock: Clock) -> Point:
         """What the step that starts at `clock` does; defined past the end of the run too."""
         batch_size = batch_size_at(self._recipe, clock.consumed_samples)
@@ -96,9 +91,12 @@ class Schedule:
         return self.consumed_tokens(clock) >= self.budget_tokens
 
     def last_step(self, clock: Clock) -> int:
-        """Steps done, from 0 on, when a run that is now at `clock` ends; for progress and ETA."""
+        """Steps done, from 0 on, when a run that is now at `clock` ends; past its end, those done.
+
+        The recipe may have changed on the way: from `clock` on, the run follows this one.
+        """
         if self._recipe.num_steps is not None:
-            return self._recipe.num_steps
+            return max(self._recipe.num_steps, clock.step)
         trace = BatchTrace(self._recipe, clock.step, clock.consumed_samples)
         return trace.steps_to_consume(self.budget_tokens)
 

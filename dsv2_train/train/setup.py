@@ -69,7 +69,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
         optimizer.after_load()
     schedule = Schedule(config.recipe, config.optim)
     clock = Clock(state.step, state.consumed_samples) if state else Clock()
-    monitor = _monitor(config, env, schedule, state)
+    monitor = _monitor(config, env, schedule.last_step(clock), state)
     run = Run(
         config=config,
         env=env,
@@ -94,14 +94,14 @@ def build_run(config: RunConfig, env: Env) -> Run:
 
 
 def _monitor(
-    config: RunConfig, env: Env, schedule: Schedule, state: TrainState | None
+    config: RunConfig, env: Env, total_steps: int, state: TrainState | None
 ) -> Monitor | None:
     if env.rank != 0:
         return None
     return Monitor(
         config.monitor,
         config.run.folder,
-        total_steps=schedule.num_steps,
+        total_steps=total_steps,
         first_step=state.step if state else 0,
         wandb_run_id=state.wandb_run_id if state else None,
         resolved_config=config.model_dump(mode="json"),
@@ -148,7 +148,7 @@ def _start_up(run: Run, choices: list[Choice]) -> StartUp:
         micro_batch_size=config.recipe.micro_batch_size,
         num_microbatches=run.num_microbatches(batch_size),
         first_step=run.clock.step,
-        total_steps=run.schedule.num_steps,
+        total_steps=run.schedule.last_step(run.clock),
         total_tokens=run.schedule.budget_tokens,
         implementations=choices,
     )

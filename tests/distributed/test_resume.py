@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.config.run import RunConfig
+from dsv2_train.train import setup
 from dsv2_train.train.loop import train
 from tests.helpers.corpus import synthetic_folder
 from tests.helpers.run import Owned, add_up, close_run, open_run, owned, run_config
@@ -53,6 +54,25 @@ def test_resumed_equals_straight(
     assert halfway != expected
     assert add_up(world.run(_train, size, resumed, None)) == expected
     assert _rows(resumed) == _rows(straight)
+
+
+def _told_totals(rank: int, config: RunConfig) -> tuple[int, int]:
+    """Steps of the whole run, as the start-up table and the progress counter have them."""
+    run = open_run(rank, config)
+    assert run.monitor is not None
+    totals = (setup._start_up(run, []).total_steps, run.monitor._console._total_steps)
+    close_run(run)
+    return totals
+
+
+def test_another_batch_moves_the_end_that_is_told(world: World, tmp_path: Path) -> None:
+    """Of 6 steps of 8 samples 3 are done: 6 of 4 samples are left."""
+    data = synthetic_folder(tmp_path / "data")
+    tokens = ("recipe.num_steps=null", f"recipe.num_tokens={6 * 8 * 24}")
+    config = run_config(tmp_path, data, "parallel.world_size=1", *tokens)
+    world.run(_train, 1, config, 3)
+    smaller = run_config(tmp_path, data, *tokens, "recipe.global_batch_size=4")
+    assert world.run(_told_totals, 1, smaller) == [(9, 9)]
 
 
 def test_rows_after_the_restored_step_are_kept_aside(world: World, tmp_path: Path) -> None:

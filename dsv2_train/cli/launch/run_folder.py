@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.checkpoint import layout
+from dsv2_train.checkpoint.layout import CheckpointError
+from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.cli.launch.changes import Change, changes, refused
 from dsv2_train.cli.launch.packages import missing_packages
 from dsv2_train.config.checks import passing_over_absent
 from dsv2_train.config.load import read_values, to_yaml
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.run import RunConfig
-from dsv2_train.recipe.clock import Schedule
+from dsv2_train.recipe.clock import Clock, Schedule
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Launch:
     Attributes:
         config: what it is to do now.
         checkpoint: its newest complete checkpoint; None without one.
+        clock: how far that checkpoint is.
         changes: what differs from the configuration of that checkpoint.
         overrides: what the user gave; the same line goes on with the run.
     """
 
     config: RunConfig
     checkpoint: Path | None
+    clock: Clock
     changes: tuple[Change, ...]
     overrides: tuple[str, ...] = ()
 
@@ -37,19 +41,14 @@ class Launch:
         return self.config.run.folder
 
     @property
-    def saved_step(self) -> int | None:
-        """Steps of the newest checkpoint; None without one."""
-        return None if self.checkpoint is None else layout.step_of(self.checkpoint)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole run."""
-        return Schedule(self.config.recipe, self.config.optim).num_steps
+    def schedule(self) -> Schedule:
+        """The recipe as a function of the clock."""
+        return Schedule(self.config.recipe, self.config.optim)
 
     @property
     def is_finished(self) -> bool:
-        """True if the newest checkpoint is that of the last step."""
-        return self.saved_step is not None and self.saved_step >= self.num_steps
+        """True if the newest checkpoint is at the recipe's end."""
+        return self.schedule.is_done(self.clock)
 
     @property
     def worker(self) -> Sequence[str]:
@@ -65,14 +64,15 @@ class Launch:
     def describe(self) -> str:
         """What happens now, in a few lines for the terminal."""
         parallel = self.config.parallel
-        name, done, total = self.config.run.name, self.saved_step, self.num_steps
+        name, done = self.config.run.name, self.clock.step
+        total = self.schedule.last_step(self.clock)
         if self.is_finished:
             return (
                 f"run {name} is finished: {done} of {total} steps, in {self.folder}\n"
                 f"  its checkpoint: {self.checkpoint}; its pictures: {self.folder / 'plots'}\n"
                 f"  train longer: recipe.num_steps={2 * total}; train anew: run.name=another"
             )
-        begins = "begins" if done is None else f"goes on after step {done}"
+        begins = "begins" if self.checkpoint is None else f"goes on after step {done}"
         ranks = (
             f"{parallel.world_size} ranks (PP {parallel.pp}, DP {parallel.dp}, EP {parallel.ep})"
         )
@@ -121,13 +121,31 @@ def inspect(
     if problems:
         raise ConfigError(found)
     checkpoint = layout.latest_complete(config.run.checkpoint_folder)
-    changed: list[Change] = []
+    clock, changed = Clock(), list[Change]()
     if checkpoint is not None:
+        clock = _clock(checkpoint)
         changed = changes(read_values(checkpoint / layout.CONFIG), config.model_dump(mode="json"))
         found += refused(changed, config.run.folder)
     if found:
         raise ConfigError(found)
-    return Launch(config, checkpoint, tuple(changed), tuple(overrides))
+    return Launch(config, checkpoint, clock, tuple(changed), tuple(overrides))
+
+
+def _clock(checkpoint: Path) -> Clock:
+    """How far a checkpoint is.
+
+    Raises:
+        ConfigError: if it does not say so.
+    """
+    path = checkpoint / layout.STATE
+    try:
+        state = TrainState.from_json(path.read_text())
+    except (OSError, UnicodeDecodeError, CheckpointError) as error:
+        reason = " ".join(str(error).split())
+        remedy = f"restore it, or delete {checkpoint} to go on from the one before"
+        allowed = f"must be the clock of a checkpoint ({reason}); {remedy}"
+        raise ConfigError([Problem(str(path), None, allowed)]) from error
+    return Clock(state.step, state.consumed_samples)
 
 
 def _one_node(config: RunConfig) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dsv2_train.checkpoint import layout
+from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.config.load import to_yaml
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.manifest import (
@@ -12,6 +13,7 @@ from dsv2_train.data.manifest import (
     describe_file,
     write_manifest,
 )
+from dsv2_train.recipe.clock import Schedule
 
 
 def write_data_folder(folder: Path, vocab_size: int) -> None:
@@ -37,9 +39,13 @@ def write_data_folder(folder: Path, vocab_size: int) -> None:
 
 
 def write_checkpoint(config: RunConfig, step: int) -> Path:
-    """A run folder's complete checkpoint, as far as a launch looks into it."""
+    """A run folder's complete checkpoint of a run from its beginning, as far as a launch looks."""
     folder = layout.step_folder(config.run.checkpoint_folder, step)
     folder.mkdir(parents=True)
     (folder / layout.CONFIG).write_text(to_yaml(config))
+    schedule = Schedule(config.recipe, config.optim)
+    clock = schedule.clock_at_step(step)
+    state = TrainState(step, clock.consumed_samples, schedule.consumed_tokens(clock), step)
+    (folder / layout.STATE).write_text(state.to_json())
     (folder / layout.MARKER).write_text("")
     return folder

@@ -7,6 +7,7 @@ from dsv2_train.cli.launch.run_folder import inspect
 from dsv2_train.config.load import check, load_file
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.config.run import RunConfig
+from dsv2_train.recipe.clock import Clock
 from tests.helpers.tiny import tiny_config
 from tests.unit.cli.folders import write_checkpoint
 
@@ -22,7 +23,7 @@ def config(*overrides: str) -> RunConfig:
 
 def test_a_new_run_begins() -> None:
     launch = inspect(config())
-    assert launch.saved_step is None
+    assert launch.checkpoint is None
     assert not launch.is_finished
     assert launch.describe() == "run r begins: 40 steps, 1 ranks (PP 1, DP 1, EP 1)"
 
@@ -31,7 +32,7 @@ def test_an_unfinished_run_goes_on() -> None:
     write_checkpoint(config(), 10)
     write_checkpoint(config(), 20)
     launch = inspect(config())
-    assert launch.saved_step == 20
+    assert launch.clock == Clock(20, 160)
     assert launch.describe().startswith("run r goes on after step 20: 40 steps")
 
 
@@ -57,9 +58,52 @@ def test_a_longer_budget_makes_a_finished_run_go_on() -> None:
     assert "recipe.num_steps: 40 -> 60" in launch.describe()
 
 
+def by_tokens(*overrides: str) -> RunConfig:
+    """400 steps of the quickstart's batch, 8 samples of 24 tokens."""
+    return config("recipe.num_steps=null", f"recipe.num_tokens={400 * 8 * 24}", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "last_step"),
+    [
+        ("recipe.global_batch_size=16", 250 + 75),
+        ("recipe.global_batch_size=4", 250 + 300),
+        ("recipe.batch_ramp={start_batch_size:4,ramp_tokens:96000,multiple_of:4}", 250 + 300),
+        ("recipe.num_steps=260", 260),
+    ],
+)
+def test_another_batch_from_here_on_moves_the_end(override: str, last_step: int) -> None:
+    """After 250 of 400 steps, 1,200 samples are left."""
+    write_checkpoint(by_tokens(), 250)
+    launch = inspect(by_tokens(override))
+    assert not launch.is_finished
+    assert launch.describe().startswith(f"run r goes on after step 250: {last_step} steps")
+
+
+def test_a_run_that_has_its_tokens_is_finished_whatever_the_batch() -> None:
+    write_checkpoint(by_tokens(), 400)
+    launch = inspect(by_tokens("recipe.global_batch_size=4"))
+    assert launch.is_finished
+    assert "run r is finished: 400 of 400 steps" in launch.describe()
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{}", b"\xff", b'{"schema_version": 1, "step": 1}']
+)
+def test_a_checkpoint_that_does_not_tell_its_clock_is_one_plain_problem(
+    content: bytes | None,
+) -> None:
+    state = write_checkpoint(config(), 10) / "state.json"
+    state.unlink()
+    if content is not None:
+        state.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"step_00000010/state\.json: .* clock of a checkpoint"):
+        inspect(config())
+
+
 def test_an_unfinished_checkpoint_does_not_count() -> None:
     (write_checkpoint(config(), 10) / "COMPLETE").unlink()
-    assert inspect(config("model.num_layers=3", "run.seed=4")).saved_step is None
+    assert inspect(config("model.num_layers=3", "run.seed=4")).checkpoint is None
 
 
 def test_all_changes_that_mean_another_run_are_refused_at_once() -> None:

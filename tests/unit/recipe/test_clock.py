@@ -51,7 +51,7 @@ def test_a_short_run_replayed() -> None:
         assert point.lr == pytest.approx(lr, rel=1e-14)
         step, samples = step + 1, samples + size
     assert (samples - size) * 256 < 200_000 <= samples * 256
-    assert schedule.num_steps == step == seen[-1].step
+    assert schedule.last_step(Clock()) == step == seen[-1].step
     stages = [schedule.at(clock).recipe_stage for clock in seen]
     assert list(dict.fromkeys(stages)) == ["warm-up", "batch ramp", "peak", "decay 1", "decay 2"]
 
@@ -78,7 +78,7 @@ def test_num_steps_ends_a_run_and_gives_the_budget() -> None:
     assert steps is not None
     budget = steps * QUICKSTART.recipe.global_batch_size * QUICKSTART.recipe.sequence_length
     assert schedule.budget_tokens == budget
-    assert schedule.num_steps == len(clocks(schedule)) - 1 == steps
+    assert schedule.last_step(Clock()) == len(clocks(schedule)) - 1 == steps
 
 
 def test_a_budget_of_whole_steps_ends_with_the_last_of_them() -> None:
@@ -86,7 +86,7 @@ def test_a_budget_of_whole_steps_ends_with_the_last_of_them() -> None:
     schedule = schedule_of(
         preset("quickstart", "recipe.num_steps=null", f"recipe.num_tokens={tokens}")
     )
-    assert schedule.num_steps == len(clocks(schedule)) - 1 == 10
+    assert schedule.last_step(Clock()) == len(clocks(schedule)) - 1 == 10
 
 
 def test_a_stage_begins_with_the_step_that_reaches_it() -> None:
@@ -101,6 +101,14 @@ def test_num_steps_ends_a_run_before_its_budget() -> None:
     assert schedule.budget_tokens == 8_100_000_000_000
     assert [clock.step for clock in clocks(schedule)] == [0, 1, 2, 3, 4, 5]
     assert schedule.last_step(Clock(3, 6912)) == 5
+
+
+@pytest.mark.parametrize("recipe", [("num_steps=5",), ("num_steps=null", "num_tokens=10240")])
+def test_a_run_past_its_end_ends_where_it_is(recipe: tuple[str, ...]) -> None:
+    schedule = schedule_of(preset("quickstart", *(f"recipe.{each}" for each in recipe)))
+    assert schedule.last_step(Clock()) == 5
+    assert schedule.is_done(Clock(9, 72))
+    assert schedule.last_step(Clock(9, 72)) == 9
 
 
 def test_a_new_ramp_applies_from_the_current_clock_on() -> None:
@@ -121,10 +129,10 @@ def test_the_length_of_the_published_runs() -> None:
     """Facts 4.1: about 218K steps, the exact number depending on the ramp, and 302.0K."""
     v2, lite = schedule_of(V2), schedule_of(LITE)
     assert v2.clock_at(225_000_000_000).step == pytest.approx(11_000, rel=0.05)
-    assert v2.num_steps == pytest.approx(218_000, rel=0.01)
+    assert v2.last_step(Clock()) == pytest.approx(218_000, rel=0.01)
     # 7.875e12 tokens at full batch: 208,616 steps of 37,748,736 tokens, one ends inside the ramp.
-    assert v2.num_steps - v2.clock_at(225_000_000_000).step in (208_616, 208_617)
-    assert lite.num_steps == 301_997
+    assert v2.last_step(Clock()) - v2.clock_at(225_000_000_000).step in (208_616, 208_617)
+    assert lite.last_step(Clock()) == 301_997
     assert [lite.clock_at(tokens).step for tokens in lite.milestones] == [241_598, 271_798]
     assert v2.clock_at_step(2000).consumed_samples >= 2000 * 2304
 
