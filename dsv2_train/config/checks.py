@@ -1,7 +1,12 @@
-"""What the sections of a configuration must agree on; each check yields the problems it finds."""
+"""What the sections of a configuration must agree on.
+
+A check tells one fact and reads no field that the fact does not need: so a field that is itself
+wrong hides the facts about it and no other.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from dsv2_train.config.problems import Problem
 from dsv2_train.config.run import RunConfig
@@ -16,17 +21,19 @@ def cross_check(config: RunConfig) -> list[Problem]:
 
 
 def passing_over_absent(check: Check, config: RunConfig) -> Iterator[Problem]:
-    """What a check finds before it comes to a field that is itself wrong."""
+    """What a check finds; nothing where it needs a field that is itself wrong."""
     with contextlib.suppress(Absent):
         yield from check(config)
 
 
-def _axes(config: RunConfig) -> Iterator[Problem]:
-    parallel = config.parallel
-    for axis in ("tp", "cp"):
-        if getattr(parallel, axis) != 1:
+def _is_one(path: str) -> Check:
+    def check(config: RunConfig) -> Iterator[Problem]:
+        size = _value(config, path)
+        if size != 1:
             allowed = "must be 1: DeepSeek-V2 trains without it, and MoE gradients rely on that"
-            yield Problem(f"parallel.{axis}", getattr(parallel, axis), allowed)
+            yield Problem(path, size, allowed)
+
+    return check
 
 
 def _world(config: RunConfig) -> Iterator[Problem]:
@@ -37,38 +44,45 @@ def _world(config: RunConfig) -> Iterator[Problem]:
         yield Problem("parallel.world_size", parallel.world_size, allowed)
 
 
-def _experts(config: RunConfig) -> Iterator[Problem]:
-    model = config.model
-    experts, groups = model.num_routed_experts, model.num_device_groups
+def _equal_device_groups(config: RunConfig) -> Iterator[Problem]:
+    experts, groups = config.model.num_routed_experts, config.model.num_device_groups
     if experts % groups:
         allowed = f"must divide model.num_routed_experts = {experts}"
         yield Problem("model.num_device_groups", groups, allowed)
-    if model.num_limited_devices > groups:
+
+
+def _device_limit(config: RunConfig) -> Iterator[Problem]:
+    limit, groups = config.model.num_limited_devices, config.model.num_device_groups
+    if limit > groups:
         allowed = f"must be at most model.num_device_groups = {groups}"
-        yield Problem("model.num_limited_devices", model.num_limited_devices, allowed)
-    reachable = model.num_limited_devices * (experts // groups)
-    if model.num_experts_per_tok > reachable:
+        yield Problem("model.num_limited_devices", limit, allowed)
+
+
+def _experts_within_reach(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    of_a_group, rest = divmod(model.num_routed_experts, model.num_device_groups)
+    reachable = model.num_limited_devices * of_a_group
+    if not rest and model.num_experts_per_tok > reachable:
         allowed = f"must be at most {reachable}, the experts of model.num_limited_devices groups"
         yield Problem("model.num_experts_per_tok", model.num_experts_per_tok, allowed)
 
 
 def _expert_parallel(config: RunConfig) -> Iterator[Problem]:
-    groups = config.model.num_device_groups
-    if groups % config.parallel.ep:
-        yield Problem(
-            "parallel.ep", config.parallel.ep, f"must divide D = model.num_device_groups = {groups}"
-        )
+    ep, groups = config.parallel.ep, config.model.num_device_groups
+    if groups % ep:
+        yield Problem("parallel.ep", ep, f"must divide D = model.num_device_groups = {groups}")
 
 
-def _dispatcher(config: RunConfig) -> Iterator[Problem]:
-    parallel, recipe = config.parallel, config.recipe
-    if parallel.dispatcher == "device_dedup":
-        return
-    why = f"parallel.dispatcher={parallel.dispatcher} cannot do it, device_dedup can"
-    if recipe.capacity_factor is not None:
-        yield Problem("recipe.capacity_factor", recipe.capacity_factor, f"must be null: {why}")
-    if parallel.overlap_shared_experts:
-        yield Problem("parallel.overlap_shared_experts", True, f"must be false: {why}")
+def _only_device_dedup(path: str, off: object, word: str) -> Check:
+    """What only our dispatcher can do is off with another one."""
+
+    def check(config: RunConfig) -> Iterator[Problem]:
+        dispatcher, found = config.parallel.dispatcher, _value(config, path)
+        if dispatcher != "device_dedup" and found != off:
+            why = f"parallel.dispatcher={dispatcher} cannot do it, device_dedup can"
+            yield Problem(path, found, f"must be {word}: {why}")
+
+    return check
 
 
 def _rope(config: RunConfig) -> Iterator[Problem]:
@@ -76,72 +90,77 @@ def _rope(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.qk_rope_head_dim", config.model.qk_rope_head_dim, "must be even")
 
 
-def _layers(config: RunConfig) -> Iterator[Problem]:
-    model, parallel = config.model, config.parallel
-    if model.num_dense_layers > model.num_layers:
-        allowed = f"must be at most model.num_layers = {model.num_layers}"
-        yield Problem("model.num_dense_layers", model.num_dense_layers, allowed)
-    if parallel.pp > model.num_layers:
-        allowed = f"must be at most model.num_layers = {model.num_layers}: a stage holds a layer"
-        yield Problem("parallel.pp", parallel.pp, allowed)
-    split = parallel.layers_per_stage
-    if split is not None and len(split) != parallel.pp:
-        yield Problem(
-            "parallel.layers_per_stage",
-            list(split),
-            f"must have parallel.pp = {parallel.pp} entries",
-        )
-    if split is not None and sum(split) != model.num_layers:
-        allowed = f"must add up to model.num_layers = {model.num_layers}, adds up to {sum(split)}"
+def _dense_layers(config: RunConfig) -> Iterator[Problem]:
+    dense, layers = config.model.num_dense_layers, config.model.num_layers
+    if dense > layers:
+        allowed = f"must be at most model.num_layers = {layers}"
+        yield Problem("model.num_dense_layers", dense, allowed)
+
+
+def _stages(config: RunConfig) -> Iterator[Problem]:
+    pp, layers = config.parallel.pp, config.model.num_layers
+    if pp > layers:
+        allowed = f"must be at most model.num_layers = {layers}: a stage holds a layer"
+        yield Problem("parallel.pp", pp, allowed)
+
+
+def _split_has_every_stage(config: RunConfig) -> Iterator[Problem]:
+    split, pp = config.parallel.layers_per_stage, config.parallel.pp
+    if split is not None and len(split) != pp:
+        allowed = f"must have parallel.pp = {pp} entries"
         yield Problem("parallel.layers_per_stage", list(split), allowed)
 
 
-def _length(config: RunConfig) -> Iterator[Problem]:
-    recipe = config.recipe
-    if recipe.num_steps is None and recipe.num_tokens is None:
+def _split_has_every_layer(config: RunConfig) -> Iterator[Problem]:
+    split, layers = config.parallel.layers_per_stage, config.model.num_layers
+    if split is not None and sum(split) != layers:
+        allowed = f"must add up to model.num_layers = {layers}, adds up to {sum(split)}"
+        yield Problem("parallel.layers_per_stage", list(split), allowed)
+
+
+def _end(config: RunConfig) -> Iterator[Problem]:
+    if config.recipe.num_steps is None and config.recipe.num_tokens is None:
         yield Problem("recipe.num_steps", None, "set it, or recipe.num_tokens, or both")
-    if list(recipe.decay_at) != sorted(set(recipe.decay_at)):
-        yield Problem(
-            "recipe.decay_at", list(recipe.decay_at), "must be increasing shares of the budget"
-        )
 
 
-def _batch(config: RunConfig) -> Iterator[Problem]:
-    recipe, parallel = config.recipe, config.parallel
-    unit, factors = recipe.micro_batch_size, "recipe.micro_batch_size"
-    with contextlib.suppress(Absent):  # the batch must hold whole micro-batches at any layout
-        if parallel.world_size % (parallel.pp * parallel.ep) == 0:
-            unit *= parallel.dp
-            factors += f" * dp = {recipe.micro_batch_size} * {parallel.dp}"
-    sizes = {
-        "recipe.global_batch_size": recipe.global_batch_size,
-        "recipe.eval_num_samples": recipe.eval_num_samples,
-    }
-    if recipe.batch_ramp is not None:
-        sizes["recipe.batch_ramp.start_batch_size"] = recipe.batch_ramp.start_batch_size
-        sizes["recipe.batch_ramp.multiple_of"] = recipe.batch_ramp.multiple_of
-    for path, size in sizes.items():
-        if size % unit:
-            yield Problem(path, size, f"must be a multiple of {factors} = {unit}")
+def _milestones(config: RunConfig) -> Iterator[Problem]:
+    shares = list(config.recipe.decay_at)
+    if shares != sorted(set(shares)):
+        yield Problem("recipe.decay_at", shares, "must be increasing shares of the budget")
 
 
-def _ramp(config: RunConfig) -> Iterator[Problem]:
-    recipe, ramp = config.recipe, config.recipe.batch_ramp
-    if ramp is None:
-        return
-    if ramp.start_batch_size > recipe.global_batch_size:
-        allowed = f"must be at most recipe.global_batch_size = {recipe.global_batch_size}"
-        yield Problem("recipe.batch_ramp.start_batch_size", ramp.start_batch_size, allowed)
-    for path, size in (
-        ("recipe.batch_ramp.start_batch_size", ramp.start_batch_size),
-        ("recipe.global_batch_size", recipe.global_batch_size),
-    ):
-        if size % ramp.multiple_of:
-            yield Problem(
-                path,
-                size,
-                f"must be a multiple of recipe.batch_ramp.multiple_of = {ramp.multiple_of}",
-            )
+def _whole_microbatches(path: str) -> Check:
+    """A number of samples is cut into micro-batches, the same on every data-parallel rank."""
+
+    def check(config: RunConfig) -> Iterator[Problem]:
+        size = _value(config, path)
+        micro_batch_size, dp = config.recipe.micro_batch_size, _known_dp(config)
+        unit, of = micro_batch_size, "recipe.micro_batch_size"
+        if dp is not None:
+            unit, of = unit * dp, f"{of} * dp = {micro_batch_size} * {dp}"
+        if size is not None and size % unit:
+            yield Problem(path, size, f"must be a multiple of {of} = {unit}")
+
+    return check
+
+
+def _ramp_rises(config: RunConfig) -> Iterator[Problem]:
+    start = _value(config, "recipe.batch_ramp.start_batch_size")
+    if start is not None and start > config.recipe.global_batch_size:
+        allowed = f"must be at most recipe.global_batch_size = {config.recipe.global_batch_size}"
+        yield Problem("recipe.batch_ramp.start_batch_size", start, allowed)
+
+
+def _whole_increments(path: str) -> Check:
+    """The ramp begins and ends at a multiple of its increment."""
+
+    def check(config: RunConfig) -> Iterator[Problem]:
+        size, multiple_of = _value(config, path), _value(config, "recipe.batch_ramp.multiple_of")
+        if multiple_of is not None and size % multiple_of:
+            allowed = f"must be a multiple of recipe.batch_ramp.multiple_of = {multiple_of}"
+            yield Problem(path, size, allowed)
+
+    return check
 
 
 def _context(config: RunConfig) -> Iterator[Problem]:
@@ -153,16 +172,46 @@ def _context(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _value(config: RunConfig, path: str) -> Any:
+    """What is at a dotted path; None where a section on the way is null."""
+    value: Any = config
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def _known_dp(config: RunConfig) -> int | None:
+    """Data-parallel ranks; None where the layout is itself wrong."""
+    with contextlib.suppress(Absent):
+        parallel = config.parallel
+        if parallel.world_size % (parallel.pp * parallel.ep) == 0:
+            return parallel.dp
+    return None
+
+
 _CHECKS: tuple[Check, ...] = (
-    _axes,
+    _is_one("parallel.tp"),
+    _is_one("parallel.cp"),
     _world,
-    _experts,
+    _equal_device_groups,
+    _device_limit,
+    _experts_within_reach,
     _expert_parallel,
-    _dispatcher,
+    _only_device_dedup("recipe.capacity_factor", None, "null"),
+    _only_device_dedup("parallel.overlap_shared_experts", False, "false"),
     _rope,
-    _layers,
-    _length,
-    _batch,
-    _ramp,
+    _dense_layers,
+    _stages,
+    _split_has_every_stage,
+    _split_has_every_layer,
+    _end,
+    _milestones,
+    _whole_microbatches("recipe.global_batch_size"),
+    _whole_microbatches("recipe.eval_num_samples"),
+    _whole_microbatches("recipe.batch_ramp.start_batch_size"),
+    _whole_microbatches("recipe.batch_ramp.multiple_of"),
+    _ramp_rises,
+    _whole_increments("recipe.batch_ramp.start_batch_size"),
+    _whole_increments("recipe.global_batch_size"),
     _context,
 )

@@ -15,44 +15,52 @@ def paths_of(*overrides: str) -> list[str]:
     return [problem.path for problem in check(values)[1]]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "path"),
-    [
-        (["parallel.tp=2"], "parallel.tp"),
-        (["parallel.cp=2"], "parallel.cp"),
-        (["parallel.world_size=6"], "parallel.world_size"),
-        (["parallel.ep=4", "parallel.pp=1", "model.num_device_groups=2"], "parallel.ep"),
-        (["model.num_device_groups=5"], "model.num_device_groups"),
-        (["model.num_limited_devices=9"], "model.num_limited_devices"),
-        (["model.num_experts_per_tok=13"], "model.num_experts_per_tok"),
-        (["model.qk_rope_head_dim=15"], "model.qk_rope_head_dim"),
-        (["model.num_dense_layers=5"], "model.num_dense_layers"),
-        (["parallel.pp=8", "parallel.world_size=16"], "parallel.pp"),
-        (["parallel.layers_per_stage=[2,1]"], "parallel.layers_per_stage"),
-        (["parallel.layers_per_stage=[2,1,1]"], "parallel.layers_per_stage"),
-        (["recipe.num_steps=null"], "recipe.num_steps"),
-        (["recipe.decay_at=[0.9,0.6]"], "recipe.decay_at"),
-        (["recipe.decay_at=[0.6,0.6]"], "recipe.decay_at"),
-        (["recipe.global_batch_size=18"], "recipe.global_batch_size"),
-        (["recipe.eval_num_samples=66"], "recipe.eval_num_samples"),
-        (
-            ["recipe.batch_ramp={start_batch_size:6,ramp_tokens:9,multiple_of:4}"],
-            "recipe.batch_ramp.start_batch_size",
-        ),
-        (
-            ["recipe.batch_ramp={start_batch_size:32,ramp_tokens:9,multiple_of:4}"],
-            "recipe.batch_ramp.start_batch_size",
-        ),
-        (
-            ["recipe.batch_ramp={start_batch_size:4,ramp_tokens:9,multiple_of:6}"],
-            "recipe.batch_ramp.multiple_of",
-        ),
-        (
-            ["model.yarn={factor:2,original_max_position:64}"],
-            "recipe.sequence_length",
-        ),
-    ],
-)
+DISAGREEING = [
+    (["parallel.tp=2"], "parallel.tp"),
+    (["parallel.cp=2"], "parallel.cp"),
+    (["parallel.world_size=6"], "parallel.world_size"),
+    (["parallel.ep=4", "parallel.pp=1", "model.num_device_groups=2"], "parallel.ep"),
+    (["model.num_device_groups=5"], "model.num_device_groups"),
+    (["model.num_limited_devices=9"], "model.num_limited_devices"),
+    (["model.num_experts_per_tok=13"], "model.num_experts_per_tok"),
+    (["model.qk_rope_head_dim=15"], "model.qk_rope_head_dim"),
+    (["model.num_dense_layers=5"], "model.num_dense_layers"),
+    (["parallel.pp=8", "parallel.world_size=16"], "parallel.pp"),
+    (["parallel.layers_per_stage=[2,1]"], "parallel.layers_per_stage"),
+    (["parallel.layers_per_stage=[2,1,1]"], "parallel.layers_per_stage"),
+    (["recipe.num_steps=null"], "recipe.num_steps"),
+    (["recipe.decay_at=[0.9,0.6]"], "recipe.decay_at"),
+    (["recipe.decay_at=[0.6,0.6]"], "recipe.decay_at"),
+    (["recipe.global_batch_size=18"], "recipe.global_batch_size"),
+    (["recipe.eval_num_samples=66"], "recipe.eval_num_samples"),
+    (
+        ["recipe.batch_ramp={start_batch_size:6,ramp_tokens:9,multiple_of:4}"],
+        "recipe.batch_ramp.start_batch_size",
+    ),
+    (
+        ["recipe.batch_ramp={start_batch_size:32,ramp_tokens:9,multiple_of:4}"],
+        "recipe.batch_ramp.start_batch_size",
+    ),
+    (
+        ["recipe.batch_ramp={start_batch_size:4,ramp_tokens:9,multiple_of:6}"],
+        "recipe.batch_ramp.multiple_of",
+    ),
+    (
+        ["model.yarn={factor:2,original_max_position:64}"],
+        "recipe.sequence_length",
+    ),
+    (
+        ["parallel.dispatcher=megatron_alltoall", "parallel.overlap_shared_experts=true"],
+        "parallel.overlap_shared_experts",
+    ),
+    (
+        ["parallel.dispatcher=deepep", "recipe.capacity_factor=1.0"],
+        "recipe.capacity_factor",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "path"), DISAGREEING)
 def test_sections_that_disagree(overrides: list[str], path: str) -> None:
     assert path in paths_of(*overrides)
 
@@ -74,6 +82,10 @@ def test_what_is_right_passes(overrides: list[str]) -> None:
     assert paths_of(*overrides) == []
 
 
+def test_unequal_device_groups_are_not_blamed_on_the_experts_of_a_token() -> None:
+    assert paths_of("model.num_device_groups=64") == ["model.num_device_groups"]
+
+
 def test_a_wrong_world_is_not_blamed_on_the_batch() -> None:
     assert paths_of("parallel.world_size=1") == ["parallel.world_size"]
 
@@ -82,6 +94,67 @@ def test_a_wrong_world_is_not_blamed_on_the_batch() -> None:
 def test_a_wrong_world_does_not_hide_a_batch_of_broken_micro_batches(world_size: str) -> None:
     overrides = (f"parallel.world_size={world_size}", "recipe.global_batch_size=7")
     assert paths_of(*overrides) == ["parallel.world_size", "recipe.global_batch_size"]
+
+
+SPLIT = "parallel.layers_per_stage"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "paths"),
+    [
+        (
+            ["recipe.global_batch_size=7", "+recipe.batch_ramp.start=3"],
+            ["recipe.global_batch_size"],
+        ),
+        (
+            ["model.num_dense_layers=x", "parallel.pp=8", f"{SPLIT}=[1,1]"],
+            ["parallel.pp", SPLIT, SPLIT],
+        ),
+        (["parallel.pp=x", f"{SPLIT}=[1,1]"], [SPLIT]),
+        (["model.num_layers=x", f"{SPLIT}=[1,1,1]"], [SPLIT]),
+        (["recipe.num_steps=1.5", "recipe.decay_at=[0.9,0.6]"], ["recipe.decay_at"]),
+        (["recipe.decay_at=x", "recipe.num_steps=null"], ["recipe.num_steps"]),
+        (["parallel.tp=x", "parallel.cp=2"], ["parallel.cp"]),
+        (["parallel.cp=x", "parallel.tp=2"], ["parallel.tp"]),
+        (["recipe.global_batch_size=x", "recipe.eval_num_samples=7"], ["recipe.eval_num_samples"]),
+        (
+            ["model.num_routed_experts=x", "model.num_limited_devices=9"],
+            ["model.num_limited_devices"],
+        ),
+        (
+            ["model.num_device_groups=x", "model.num_dense_layers=9"],
+            ["model.num_dense_layers"],
+        ),
+        (
+            ["recipe.capacity_factor=x", "parallel.dispatcher=megatron_alltoall"],
+            ["parallel.overlap_shared_experts"],
+        ),
+        (
+            ["recipe.batch_ramp={start_batch_size:x,ramp_tokens:9,multiple_of:12}"],
+            ["recipe.global_batch_size"],
+        ),
+        (
+            ["recipe.batch_ramp={start_batch_size:12,ramp_tokens:9,multiple_of:x}"],
+            ["recipe.batch_ramp.start_batch_size"],
+        ),
+    ],
+)
+def test_a_wrong_field_hides_no_fact_that_does_not_need_it(
+    overrides: list[str], paths: list[str]
+) -> None:
+    values, _ = compose_values(["experiment=quickstart", *overrides])
+    told = [problem.path for problem in checks.cross_check(check(values)[0])]
+    assert [path for path in told if path != "parallel.world_size"] == paths
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_check_tells_one_fact(order: int) -> None:
+    overrides = [override for mistakes, _ in DISAGREEING for override in mistakes]
+    values, _ = compose_values(["experiment=quickstart", *overrides[::order]])
+    config, _ = check(values)
+    told = [len(list(checks.passing_over_absent(each, config))) for each in checks._CHECKS]
+    assert max(told) == 1
+    assert sum(told) > len(told) / 2
 
 
 def test_a_wrong_field_is_not_taken_for_its_default() -> None:
