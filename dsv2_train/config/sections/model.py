@@ -41,7 +41,7 @@ class ModelConfig(Section):
     kv_latent_scale: PositiveFloat = 1.0
     rms_norm_eps: PositiveFloat = 1e-6
     init_std: PositiveFloat = 0.006
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: float = Field(default=10000.0, gt=1.0)
     yarn: YarnConfig | None = None
 
     @property
