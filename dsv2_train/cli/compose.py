@@ -21,6 +21,8 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 # A preset that is not UTF-8, or no mapping, ends in a ValueError.
 _ComposeErrors = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
+_NO_CHOICE = "must have values to try in turn, as in key=a,b or key=range(1,4)"
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -49,7 +51,9 @@ def compose_values(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Probl
     for override in parsed:
         found = list(_check_override(override))
         problems += found
-        if not found:
+        if _is_no_experiment(override):
+            kept = [earlier for earlier in kept if earlier.key_or_group != "experiment"]
+        elif not found:
             kept.append(override)
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         try:
@@ -76,20 +80,23 @@ def expand_sweep(overrides: Sequence[str]) -> list[Combination]:
     """Every combination of sweep overrides (`key=a,b`, `key=range(1,4)`), in Hydra's order.
 
     Raises:
-        ConfigError: for overrides that are no overrides.
+        ConfigError: for overrides that are no overrides, and for sweeps that have no value or whose
+            key is given again.
     """
     parsed, problems = _parse(overrides)
+    for override in filter(Override.is_sweep_override, parsed):
+        problems += _check_sweep(override, parsed)
     if problems:
         raise ConfigError(problems)
-    swept = [override for override in parsed if override.is_sweep_override()]
-    fixed = tuple(str(override.input_line) for override in parsed if override not in swept)
-    choices = [_choices(override) for override in swept]
-    keys = [override.key_or_group for override in swept]
+    choices = [
+        _choices(override) if override.is_sweep_override() else [None] for override in parsed
+    ]
     combinations: list[Combination] = []
     for values in itertools.product(*choices):
-        pairs = tuple(zip(keys, values, strict=True))
-        lines = tuple(f"{key}={value}" for key, value in pairs)
-        combinations.append(Combination(fixed + lines, pairs))
+        chosen = list(zip(parsed, values, strict=True))
+        lines = tuple(_line(override, value) for override, value in chosen)
+        swept = tuple((each.key_or_group, value) for each, value in chosen if value is not None)
+        combinations.append(Combination(lines, swept))
     return combinations
 
 
@@ -114,9 +121,14 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     problems: list[Problem] = []
     for line in overrides:
         try:
-            parsed.append(parser.parse_override(line))
+            override = parser.parse_override(line)
         except HydraException as error:
             problems.append(Problem("override", line, f"must be key=value ({_one_line(error)})"))
+            continue
+        if override.key_or_group:
+            parsed.append(override)
+        else:
+            problems.append(Problem("override", line, "must be key=value"))
     return parsed, problems
 
 
@@ -129,8 +141,22 @@ def _check_override(override: Override) -> Iterator[Problem]:
         yield Problem(key, text, "unknown key: Hydra only composes here, the run has no hydra.*")
     elif _is_group(override) and not override.is_delete():
         options = _options(key)
-        if value not in options and (key, value) != ("experiment", None):
+        if value not in options and not _is_no_experiment(override):
             yield Problem(key, text, f"must be one of {', '.join(options)}")
+
+
+def _check_sweep(override: Override, parsed: Sequence[Override]) -> Iterator[Problem]:
+    key, text = override.key_or_group, _text(override)
+    options = ", ".join(_options(key))
+    try:
+        if not _choices(override):
+            yield Problem(key, text, f"must match one of {options}" if options else _NO_CHOICE)
+    except (HydraException, ValueError) as error:
+        yield Problem(key, text, f"{_NO_CHOICE} ({_one_line(error)})")
+    again = [each for each in parsed if each is not override and each.key_or_group == key]
+    if again:
+        others = " and ".join(str(each.input_line) for each in again)
+        yield Problem(key, text, f"must be given once; there is also {others}")
 
 
 def _choices(override: Override) -> list[str]:
@@ -140,8 +166,20 @@ def _choices(override: Override) -> list[str]:
     return [str(choice) for choice in override.sweep_string_iterator()]
 
 
+def _line(override: Override, choice: str | None) -> str:
+    """An override as a user writes it; of a sweep, the one of a choice."""
+    if choice is None:
+        return str(override.input_line)
+    return f"{override.get_key_element()}={choice}"
+
+
 def _is_group(override: Override) -> bool:
     return (CONFIG_DIR / override.key_or_group).is_dir()
+
+
+def _is_no_experiment(override: Override) -> bool:
+    """`experiment=null`: those given before do not count. Hydra itself refuses it."""
+    return (override.key_or_group, override.value()) == ("experiment", None)
 
 
 def _options(group: str) -> list[str]:

@@ -13,6 +13,9 @@ from dsv2_train.config.problems import ConfigError
     [
         ("num_layers", "override", "must be key=value"),
         ("--lr=1", "override", "must be key=value"),
+        ("=3", "override", "found '=3'; must be key=value"),
+        ("+=3", "override", "found '+=3'; must be key=value"),
+        ("~", "override", "found '~'; must be key=value"),
         ("model=gpt5", "model", "found 'gpt5'; must be one of dsv2_236b, dsv2_lite"),
         ("model=null", "model", "must be one of"),
         ("model=[quickstart,dsv2_lite]", "model", "must be one of"),
@@ -31,6 +34,14 @@ def test_what_cannot_be_composed_is_told_and_left_out(override: str, path: str, 
     assert [problem.path for problem in problems] == [path]
     assert told in str(problems[0])
     assert values["model"]["num_layers"] == 3
+
+
+def test_no_experiment_is_a_choice_as_well() -> None:
+    given = ("experiment=quickstart", "experiment=null", "optim.lr=1")
+    assert compose_values(given) == compose_values(["optim.lr=1"])
+    values, problems = compose_values(["experiment=null", "experiment=quickstart"])
+    assert not problems
+    assert values["run"]["name"] == "quickstart"
 
 
 def test_every_bad_override_is_told_at_once() -> None:
@@ -83,6 +94,38 @@ def test_sweep_is_the_product_in_order() -> None:
 def test_sweep_over_presets_by_pattern() -> None:
     swept = [combination.swept for combination in expand_sweep(["model=glob(dsv2_*)"])]
     assert swept == [(("model", "dsv2_236b"),), (("model", "dsv2_lite"),)]
+
+
+def test_a_swept_override_stays_where_it_was_given() -> None:
+    line = ["model.yarn={factor:2},{factor:3}", "model.yarn.factor=4", "+run.seed=1,2"]
+    assert expand_sweep(line)[3].overrides == (
+        "model.yarn={factor:3}",
+        "model.yarn.factor=4",
+        "+run.seed=2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim=glob(z*)", "optim: found 'glob(z*)'; must match one of adamw"),
+        ("optim.lr=glob(*)", "optim.lr: found 'glob(*)'; must have values to try"),
+        ("run.seed=range(1,1)", "run.seed: found 'range(1,1)'; must have values to try"),
+        ("run.seed=range(0,1,0)", "run.seed: found 'range(0,1,0)'; must have values to try"),
+        ("optim.lr=interval(0,1)", "optim.lr: found 'interval(0,1)'; must have values to try"),
+    ],
+)
+def test_a_sweep_over_nothing_is_a_config_error(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand_sweep([override, "model=nothing,glob(q*)", "run.seed=interval(1,2)"])
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("again", ["optim.lr=x", "++optim.lr=3", "optim.lr=3,4"])
+def test_a_swept_key_is_given_once(again: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand_sweep(["optim.lr=range(1,3)", again])
+    assert f"must be given once; there is also {again}" in str(caught.value)
 
 
 def test_a_list_is_no_sweep() -> None:
