@@ -67,8 +67,11 @@ def missing(path: str) -> Problem:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML; `load_file` reads it back to an equal record."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    """The resolved configuration as YAML; `load_file` reads it back to an equal record.
+
+    A required field that is still open is `???`, as in a preset.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
 
 
 def _partial(cls: type[M], values: Mapping[str, Any], prefix: str) -> tuple[M, list[Problem]]:
@@ -104,6 +107,13 @@ def _partial(cls: type[M], values: Mapping[str, Any], prefix: str) -> tuple[M, l
     for name in wrong:
         record.__dict__.pop(name, None)
     return record, problems
+
+
+def _plain(section: Section) -> dict[str, Any]:
+    values = dict.fromkeys(type(section).model_fields, MISSING)
+    values |= section.model_dump(mode="json")
+    values |= {name: _plain(inner) for name, inner in section if isinstance(inner, Section)}
+    return values
 
 
 def _section_class(annotation: object) -> type[Section] | None:

@@ -18,7 +18,7 @@ from dsv2_train.config.sections.recipe import RecipeConfig
 class RunSection(Section):
     """Identity of a run: its folder and the seed of its weights and its data order."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     dir: str = Field(default="runs", min_length=1)
     seed: NonNegativeInt = 1234
 

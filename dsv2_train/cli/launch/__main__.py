@@ -39,6 +39,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         return 0
     launches = _check_all(combinations)
     for number, launch in enumerate(launches, start=1):
+        if not launch.is_finished:
+            launch.write_config()
         print(launch.describe(), flush=True)
         if launch.is_finished:
             continue
@@ -52,7 +54,6 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _run(launch: Launch) -> Outcome:
-    launch.write_config()
     world_size = launch.config.parallel.world_size
     return run_ranks(launch.worker, world_size, launch.next_log_dir())
 

@@ -1,5 +1,6 @@
 """A run folder and what a launch does with it: begin, go on, or say that the run is finished."""
 
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,8 +98,7 @@ class Launch:
             temporary.write_text(text)
             temporary.rename(path)
         except OSError as error:
-            allowed = f"must be a folder that can be written ({error.strerror})"
-            raise ConfigError([Problem("run.dir", self.config.run.dir, allowed)]) from error
+            raise ConfigError([_unwritable(self.config, error.strerror)]) from error
 
 
 def inspect(
@@ -118,8 +118,9 @@ def inspect(
     found = list(problems)
     for check in (missing_packages, _one_node, _trainable):
         found += passing_over_absent(check, config)
-    if problems:
-        raise ConfigError(found)
+    unwritable = list(passing_over_absent(_can_be_written, config))
+    if problems or unwritable:
+        raise ConfigError([*found, *unwritable])
     checkpoint = layout.latest_complete(config.run.checkpoint_folder)
     clock, changed = Clock(), list[Change]()
     if checkpoint is not None:
@@ -153,6 +154,27 @@ def _one_node(config: RunConfig) -> Iterator[Problem]:
     if world_size > limit:
         allowed = f"must be at most cluster.ranks_per_node = {limit}: this launches one node"
         yield Problem("parallel.world_size", world_size, allowed)
+
+
+def _can_be_written(config: RunConfig) -> Iterator[Problem]:
+    reason = _why_unwritable(config.run.folder)
+    if reason is not None:
+        yield _unwritable(config, reason)
+
+
+def _why_unwritable(path: Path) -> str | None:
+    """Nothing is made for a look: the nearest folder that is there must take the rest."""
+    try:
+        nearest = next(each for each in (path, *path.parents) if each.exists())
+    except OSError as error:
+        return error.strerror
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not yours to write"
+
+
+def _unwritable(config: RunConfig, reason: str | None) -> Problem:
+    return Problem("run.dir", config.run.dir, f"must be a folder that can be written ({reason})")
 
 
 def _trainable(config: RunConfig) -> Iterator[Problem]:

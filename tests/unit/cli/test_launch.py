@@ -81,6 +81,9 @@ def processor_s() -> float:
         (["parallel.tp=2", "parallel.cp=2"], ["parallel.tp", "parallel.cp"]),
         (["model=gpt5", "nonsense"], ["model", "override"]),
         (["parallel.world_size=16", "recipe.global_batch_size=32"], ["parallel.world_size"]),
+        ([f"run.name={'a' * 300}"], ["run.name"]),
+        (["run.dir=data/stdlib/manifest.json", "optim.lr=x"], ["run.dir", "optim.lr"]),
+        ([f"run.dir={'a' * 300}"], ["run.dir"]),
     ],
 )
 def test_a_config_mistake_ends_it_before_anything_starts(
@@ -125,6 +128,12 @@ def test_cfg_job_prints_a_config_that_composes_again(
     assert done.returncode == 0
     assert "lr: 0.5\n" in done.stdout
     assert not (folder / "runs").exists()
+
+
+def test_cfg_job_shows_what_is_open(folder: Path, python_without_torch: str) -> None:
+    done = local_sh(python_without_torch, "--cfg", "job", "experiment=dsv2_236b_pretrain")
+    assert done.returncode == 0
+    assert "\ndata:\n  path: ???\n" in done.stdout
 
 
 def test_cfg_job_of_a_sweep_prints_every_run(folder: Path, python_without_torch: str) -> None:

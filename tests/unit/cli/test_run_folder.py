@@ -3,13 +3,14 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.cli.compose import compose_values
+from dsv2_train.cli.launch import __main__ as launcher
 from dsv2_train.cli.launch.run_folder import inspect
 from dsv2_train.config.load import check, load_file
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.config.run import RunConfig
 from dsv2_train.recipe.clock import Clock
 from tests.helpers.tiny import tiny_config
-from tests.unit.cli.folders import write_checkpoint
+from tests.unit.cli.folders import write_checkpoint, write_data_folder
 
 
 @pytest.fixture(autouse=True)
@@ -151,9 +152,33 @@ def test_every_launch_has_its_own_logs() -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_a_config_error() -> None:
+    launch = inspect(config())
     Path("runs").write_text("a file")
+    with pytest.raises(ConfigError, match=r"run\.dir: .* \(runs is a file\)"):
+        inspect(config())
     with pytest.raises(ConfigError, match=r"run\.dir"):
-        inspect(config()).write_config()
+        launch.write_config()
+
+
+def test_a_folder_of_someone_else_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, _: path != Path("theirs"))
+    Path("theirs").mkdir()
+    with pytest.raises(ConfigError, match=r"run\.dir: .* \(theirs is not yours to write\)"):
+        inspect(config("run.dir=theirs/runs"))
+    assert inspect(config("run.dir=ours/runs")).checkpoint is None
+
+
+def test_nothing_begins_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What no look beforehand finds: a link that leads nowhere."""
+    write_data_folder(Path("data/stdlib"), vocab_size=4096)
+    Path("runs").symlink_to("nowhere/at/all")
+    monkeypatch.setattr(launcher, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    assert launcher.main(["experiment=quickstart"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "run.dir: found 'runs'; must be a folder that can be written" in told.err
 
 
 def test_packages_that_are_asked_for_and_missing_are_all_named(

@@ -1,5 +1,8 @@
+import pytest
+
 from dsv2_train.cli.launch.sweep import named_runs
 from dsv2_train.cli.resolve import resolve
+from dsv2_train.config.problems import ConfigError
 
 
 def names(*overrides: str) -> list[str]:
@@ -20,6 +23,11 @@ def test_equal_last_parts_are_told_apart() -> None:
     assert [line[-1] for line in runs] == ["run.name='x-size-1'", "run.name='x-size-2'"]
     runs = named_runs(["run.name=x", "a.b.size=1,2", "a.c.size=3,4"])
     assert runs[3][-1] == "run.name='x-a.b.size-2-a.c.size-4'"
+
+
+def test_a_name_that_a_sweep_makes_too_long_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"run\.name: .* at most 128 characters"):
+        names("experiment=quickstart", f"data.path={'x' * 120},y")
 
 
 def test_a_swept_name_is_left_alone() -> None:

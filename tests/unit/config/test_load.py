@@ -53,6 +53,8 @@ def problems_of(*overrides: str) -> dict[str, str]:
         ),
         ("parallel.layers_per_stage=[a,3]", "parallel.layers_per_stage.0", "found 'a'"),
         ("run.name='../elsewhere'", "run.name", "found '../elsewhere'; string should match"),
+        (f"run.name={'a' * 129}", "run.name", "string should have at most 128 characters"),
+        ("model.rope_theta=1.0", "model.rope_theta", "found 1.0; input should be greater than 1"),
         ("data.path=???", "data.path", "required, set it in a preset or override it"),
     ],
 )
@@ -95,6 +97,14 @@ def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_file(tmp_path / "config.yaml") == config
     assert load_file(tmp_path / "config.yaml").optim.lr == 3e-3
+
+
+def test_what_is_open_stays_open_in_yaml() -> None:
+    values, _ = compose_values(["experiment=quickstart", "data.path=here"])
+    whole, _ = check(values)
+    config, problems = check({**values, "data": {"path": "???"}})
+    assert [problem.path for problem in problems] == ["data.path"]
+    assert to_yaml(config) == to_yaml(whole).replace("path: here\n", "path: ???\n")
 
 
 def test_load_file_tells_all_problems(tmp_path: Path) -> None:
