@@ -1,9 +1,12 @@
 """Overrides -> a checked RunConfig; every mistake in one error."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
 
 from dsv2_train.cli.compose import compose_values
+from dsv2_train.config.checks import Check, passing_over_absent
 from dsv2_train.config.load import check, missing
+from dsv2_train.config.packages import PACKAGES
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.manifest import check_config
@@ -12,11 +15,12 @@ _DATA_PATH_IS_OPEN = missing("data.path")
 
 
 def resolve(overrides: Sequence[str], *, need_data: bool) -> RunConfig:
-    """Compose, check, and where asked hold the configuration against its data folder.
+    """Compose, check, and where asked hold the configuration against what training needs here.
 
     Args:
         overrides: Hydra overrides, `key=value` or `group=preset`.
-        need_data: also check that the data folder is there, whole, and fits the model; otherwise
+        need_data: also check that the data folder is there, whole, and fits the model, that the
+            packages asked for by name are installed, and that the precision trains; otherwise
             `data.path` may be left open.
 
     Raises:
@@ -33,6 +37,36 @@ def examine(overrides: Sequence[str], *, need_data: bool) -> tuple[RunConfig, li
     values, problems = compose_values(overrides)
     config, found = check(values)
     problems += found
-    if need_data:
-        return config, problems + check_config(config)
-    return config, [problem for problem in problems if problem != _DATA_PATH_IS_OPEN]
+    if not need_data:
+        return config, [problem for problem in problems if problem != _DATA_PATH_IS_OPEN]
+    for needed in _TO_TRAIN:
+        problems += passing_over_absent(needed, config)
+    return config, problems + check_config(config)
+
+
+def _precision(config: RunConfig) -> Iterator[Problem]:
+    if config.recipe.precision == "fp64":
+        allowed = "must be bf16 or fp32: fp64 serves comparisons of gradients, nothing trains in it"
+        yield Problem("recipe.precision", "fp64", allowed)
+
+
+def _package(path: str) -> Check:
+    """What a choice asks for by name is installed; whether it can run is the ranks' to say."""
+
+    def check(config: RunConfig) -> Iterator[Problem]:
+        choice = attrgetter(path)(config)
+        missing = PACKAGES[choice].why_missing() if choice in PACKAGES else None
+        if missing:
+            yield Problem(path, choice, f"not possible here: {missing}; the default always runs")
+
+    return check
+
+
+_TO_TRAIN: tuple[Check, ...] = (
+    _precision,
+    _package("parallel.linear"),
+    _package("parallel.norm"),
+    _package("parallel.attention"),
+    _package("parallel.dispatcher"),
+    _package("optim.adam"),
+)

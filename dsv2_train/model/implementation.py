@@ -1,11 +1,11 @@
 """Which code computes each op, decided once, with the reason that the start-up table shows."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from dsv2_train.config.packages import PACKAGES
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.sections.parallel import ParallelConfig
 
@@ -84,17 +84,13 @@ def _experts(
 def _why_no_deepep(parallel: ParallelConfig, device: torch.device) -> str | None:
     if device.type != "cuda" or parallel.ep == 1:
         return "needs CUDA devices and parallel.ep > 1"
-    if importlib.util.find_spec("deep_ep") is None:
-        return "DeepEP (module deep_ep) is not installed"
-    return None
+    return PACKAGES["deepep"].why_missing()
 
 
 def _why_no_te(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "no CUDA device"
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "transformer-engine is not installed (extra: gpu)"
-    return None
+    return PACKAGES["te"].why_missing()
 
 
 _RULES: dict[str, Resolve] = {

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dsv2_train.config.packages import PACKAGES
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.sections.optim import OptimConfig
 
@@ -91,11 +92,10 @@ def choose_adam(asked: str, device: torch.device) -> AdamChoice:
         return _torch("asked for")
     if asked == "auto":
         return _best(device)
-    source = _SOURCES[asked]
-    missing = _why_missing(source, device)
+    missing = _why_missing(asked, device)
     if missing:
         raise ConfigError([Problem("optim.adam", asked, f"not possible here: {missing}")])
-    return _from(asked, source, "asked for")
+    return _from(asked, "asked for")
 
 
 def make_adam(choice: AdamChoice, groups: ParamGroups, config: OptimConfig) -> Adam:
@@ -134,18 +134,17 @@ def set_step(adam: Adam, step: int) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    module: str
+    """Where in its package an implementation is."""
+
+    submodule: str
     name: str
-    remedy: str
     on_host: bool = False
 
 
 _SOURCES = {
-    "te": _Source("transformer_engine.pytorch.optimizers", "FusedAdam", "install the extra gpu"),
-    "apex": _Source("apex.optimizers", "FusedAdam", "it comes with NVIDIA's PyTorch image"),
-    "deepspeed_cpu": _Source(
-        "deepspeed.ops.adam", "DeepSpeedCPUAdam", "install the extra offload", on_host=True
-    ),
+    "te": _Source("pytorch.optimizers", "FusedAdam"),
+    "apex": _Source("optimizers", "FusedAdam"),
+    "deepspeed_cpu": _Source("ops.adam", "DeepSpeedCPUAdam", on_host=True),
 }
 
 
@@ -158,23 +157,29 @@ def _best(device: torch.device) -> AdamChoice:
         return _torch("torch's fused AdamW serves the CPU")
     reasons: list[str] = []
     for name in ("te", "apex"):
-        missing = _why_missing(_SOURCES[name], device)
+        missing = _why_missing(name, device)
         if missing is None:
-            return _from(name, _SOURCES[name], "; ".join([*reasons, f"CUDA and {name} are there"]))
+            return _from(name, "; ".join([*reasons, f"CUDA and {name} are there"]))
         reasons.append(missing)
     return _torch("; ".join(reasons))
 
 
-def _from(name: str, source: _Source, reason: str) -> AdamChoice:
-    make = getattr(importlib.import_module(source.module), source.name)
+def _from(name: str, reason: str) -> AdamChoice:
+    source = _SOURCES[name]
+    make = getattr(importlib.import_module(_module(name)), source.name)
     return AdamChoice(name, reason, source.on_host, make)
 
 
-def _why_missing(source: _Source, device: torch.device) -> str | None:
-    if device.type != "cuda" and not source.on_host:
-        return f"{source.module} needs a CUDA device"
+def _module(name: str) -> str:
+    return f"{PACKAGES[name].module}.{_SOURCES[name].submodule}"
+
+
+def _why_missing(name: str, device: torch.device) -> str | None:
+    module = _module(name)
+    if device.type != "cuda" and not _SOURCES[name].on_host:
+        return f"{module} needs a CUDA device"
     try:
-        importlib.import_module(source.module)
+        importlib.import_module(module)
     except ImportError as error:
-        return f"{source.module} does not import ({error}); {source.remedy}"
+        return f"{module} does not import ({error}); {PACKAGES[name].remedy}"
     return None

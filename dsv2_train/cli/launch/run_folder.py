@@ -10,7 +10,6 @@ from dsv2_train.checkpoint import layout
 from dsv2_train.checkpoint.layout import CheckpointError
 from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.cli.launch.changes import Change, changes, refused
-from dsv2_train.cli.launch.packages import missing_packages
 from dsv2_train.config.checks import passing_over_absent
 from dsv2_train.config.load import read_values, to_yaml
 from dsv2_train.config.problems import ConfigError, Problem
@@ -112,12 +111,11 @@ def inspect(
         overrides: the command line it was composed from.
 
     Raises:
-        ConfigError: with `problems`, and if it needs what is not here, or would change what a saved
-            run means.
+        ConfigError: with `problems`, and if it needs more than this node, or would change what a
+            saved run means.
     """
     found = list(problems)
-    for check in (missing_packages, _one_node, _trainable):
-        found += passing_over_absent(check, config)
+    found += passing_over_absent(_one_node, config)
     unwritable = list(passing_over_absent(_can_be_written, config))
     if problems or unwritable:
         raise ConfigError([*found, *unwritable])
@@ -175,12 +173,6 @@ def _why_unwritable(path: Path) -> str | None:
 
 def _unwritable(config: RunConfig, reason: str | None) -> Problem:
     return Problem("run.dir", config.run.dir, f"must be a folder that can be written ({reason})")
-
-
-def _trainable(config: RunConfig) -> Iterator[Problem]:
-    if config.recipe.precision == "fp64":
-        allowed = "must be bf16 or fp32: fp64 serves comparisons of gradients, nothing trains in it"
-        yield Problem("recipe.precision", "fp64", allowed)
 
 
 def _numbered(folder: Path, prefix: str, suffix: str = "") -> Path:

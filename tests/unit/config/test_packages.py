@@ -1,0 +1,51 @@
+"""One table of optional packages serves the launcher, the ops and AdamW."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+from dsv2_train.config import packages
+from dsv2_train.config.packages import PACKAGES, Package
+from dsv2_train.config.problems import ConfigError
+from dsv2_train.config.sections.optim import OptimConfig
+from dsv2_train.config.sections.parallel import ParallelConfig
+from dsv2_train.model.implementation import choose
+from dsv2_train.optim.adam import choose_adam
+
+CUDA = torch.device("cuda")
+
+
+def test_an_installed_package_is_not_missing() -> None:
+    assert Package("pydantic", "").why_missing() is None
+    missing = Package("no_such_package", "build it").why_missing()
+    assert missing == "no_such_package is not installed (build it)"
+
+
+def test_every_package_is_a_choice() -> None:
+    fields = [*ParallelConfig.model_fields.values(), *OptimConfig.model_fields.values()]
+    assert set(PACKAGES) <= {choice for field in fields for choice in get_args(field.annotation)}
+
+
+@pytest.mark.parametrize(
+    ("field", "choice"),
+    [("linear", "te"), ("norm", "te"), ("attention", "te"), ("dispatcher", "deepep")],
+)
+def test_an_op_that_is_asked_for_and_missing_is_told_by_the_table(
+    monkeypatch: pytest.MonkeyPatch, field: str, choice: str
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    parallel = ParallelConfig(world_size=2, ep=2).model_copy(update={field: choice})
+    with pytest.raises(ConfigError) as refused:
+        choose(parallel, CUDA)
+    assert f"parallel.{field}: found '{choice}'" in str(refused.value)
+    assert str(PACKAGES[choice].why_missing()) in str(refused.value)
+
+
+@pytest.mark.parametrize("choice", ["te", "apex", "deepspeed_cpu"])
+def test_an_adamw_that_is_asked_for_and_missing_is_told_by_the_table(
+    monkeypatch: pytest.MonkeyPatch, choice: str
+) -> None:
+    monkeypatch.setitem(PACKAGES, choice, Package("no_such_package", "build it"))
+    with pytest.raises(ConfigError, match=r"no_such_package\..* does not import .*; build it$"):
+        choose_adam(choice, CUDA)
