@@ -8,6 +8,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dsv2_train.checkpoint.layout import latest_complete
+from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.checks import cross_check
 from dsv2_train.config.load import load_file
 from dsv2_train.config.run import RunConfig
@@ -50,9 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _say_what_is_where(run: Run, command: str) -> None:
     if run.monitor is None:
         return
-    steps = f"{run.clock.step} of {run.schedule.last_step(run.clock)} steps"
     closing = Closing(
-        headline=f"{'done' if run.is_done else 'stopped cleanly'}: {steps}",
+        headline=_headline(run),
         checkpoint=latest_complete(run.checkpoints.folder),
         plots=run.monitor.draw_plots(),
         metrics=run.monitor.metrics_path,
@@ -63,29 +63,36 @@ def _say_what_is_where(run: Run, command: str) -> None:
     run.monitor.message(closing_message(closing))
 
 
+def _headline(run: Run) -> str:
+    steps = f"{run.clock.step} of {run.schedule.last_step(run.clock)} steps"
+    return f"{'done' if run.is_done else 'stopped cleanly'}: {steps}"
+
+
 def _next_commands(run: Run, command: str) -> list[tuple[str, str]]:
     """What a user can do next, from the line that started this run; only what would be accepted."""
-    config, steps = run.config, run.schedule.last_step(run.clock)
+    steps = run.schedule.last_step(run.clock)
     resume = ("resume", command)
     if run.is_done:
         resume = ("train longer", f"{command} recipe.num_steps={2 * steps}")
-    others = {
-        "another layout": {"world_size": config.parallel.world_size, "pp": 4, "ep": 1},
-        "on one GPU": {"world_size": 1, "pp": 1, "ep": 1},
-    }
-    return [resume, *_accepted(config, command, others)]
+    return [resume, *_another_layout(run.config, command), *_on_one_gpu(run)]
 
 
-def _accepted(
-    config: RunConfig, command: str, layouts: dict[str, dict[str, int]]
-) -> Iterator[tuple[str, str]]:
-    for words, layout in layouts.items():
-        other = config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
-        if other.parallel == config.parallel or cross_check(other):
-            continue
-        keys = " ".join(f"parallel.{key}={size}" for key, size in layout.items())
-        name = f"{config.run.name}_{words.rpartition(' ')[2].lower()}"
-        yield words, f"{command} run.name={name} {keys}"
+def _another_layout(config: RunConfig, command: str) -> Iterator[tuple[str, str]]:
+    layout = {"pp": 4, "ep": 1}
+    other = config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
+    if other.parallel == config.parallel or cross_check(other):
+        return
+    keys = " ".join(f"parallel.{key}={size}" for key, size in layout.items())
+    yield "another layout", f"{command} run.name={config.run.name}_layout {keys}"
+
+
+def _on_one_gpu(run: Run) -> Iterator[tuple[str, str]]:
+    """The experiment that trains the same model on the same data in bf16, after a run on CPUs."""
+    choice = "experiment=debug_1gpu"
+    gpu = resolve([choice], need_data=False)
+    same = (run.config.model, run.config.data) == (gpu.model, gpu.data)
+    if same and run.env.device.type == "cpu":
+        yield "on one GPU", f"launch/local.sh {choice}"
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from dsv2_train.checkpoint import layout
 from dsv2_train.checkpoint.layout import CheckpointError
 from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.cli.launch.changes import Change, changes, refused
+from dsv2_train.cli.launch.devices import too_few_devices
 from dsv2_train.config.checks import passing_over_absent
 from dsv2_train.config.load import read_values, to_yaml
 from dsv2_train.config.problems import ConfigError, Problem
@@ -115,7 +116,8 @@ def inspect(
             saved run means.
     """
     found = list(problems)
-    found += passing_over_absent(_one_node, config)
+    for check in (_one_node, too_few_devices):
+        found += passing_over_absent(check, config)
     unwritable = list(passing_over_absent(_can_be_written, config))
     if problems or unwritable:
         raise ConfigError([*found, *unwritable])
