@@ -1,6 +1,6 @@
 """Architecture: what the model computes, whatever machine computes it."""
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dsv2_train.config.sections.base import Section
 
@@ -20,7 +20,7 @@ class ModelConfig(Section):
     """A DeepSeek-V2 model; names are those of the paper and its Hugging Face config."""
 
     num_layers: PositiveInt
-    num_dense_layers: int = Field(default=1, ge=0)
+    num_dense_layers: NonNegativeInt
     hidden_size: PositiveInt
     vocab_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -31,12 +31,12 @@ class ModelConfig(Section):
     v_head_dim: PositiveInt
     intermediate_size: PositiveInt
     moe_intermediate_size: PositiveInt
-    num_shared_experts: PositiveInt = 2
+    num_shared_experts: PositiveInt
     num_routed_experts: PositiveInt
-    num_experts_per_tok: PositiveInt = 6
+    num_experts_per_tok: PositiveInt
     num_device_groups: PositiveInt
     num_limited_devices: PositiveInt
-    routed_scaling_factor: PositiveFloat = 1.0
+    routed_scaling_factor: PositiveFloat
     q_latent_scale: PositiveFloat = 1.0
     kv_latent_scale: PositiveFloat = 1.0
     rms_norm_eps: PositiveFloat = 1e-6

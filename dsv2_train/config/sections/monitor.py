@@ -29,6 +29,6 @@ class MonitorConfig(Section):
 
     log_every_steps: PositiveInt = 10
     expert_map_every_rows: PositiveInt = 10
-    wandb: Literal["online", "offline", "disabled"] = "offline"
+    wandb: Literal["online", "offline", "disabled"]
     wandb_project: str = Field(default="dsv2_train", min_length=1)
     alerts: AlertConfig = AlertConfig()

@@ -34,15 +34,15 @@ class RecipeConfig(Section):
     batch_ramp: BatchRampConfig | None = None
     num_steps: PositiveInt | None = None
     num_tokens: PositiveInt | None = None
-    warmup_steps: NonNegativeInt = 2000
-    decay_factor: PositiveFloat = 0.316
-    decay_at: Annotated[tuple[Share, ...], Field(strict=False)] = (0.6, 0.9)
+    warmup_steps: NonNegativeInt
+    decay_factor: PositiveFloat
+    decay_at: Annotated[tuple[Share, ...], Field(strict=False)]
     expert_balance_alpha: NonNegativeFloat = 0.0
     device_balance_alpha: NonNegativeFloat = 0.0
     communication_balance_alpha: NonNegativeFloat = 0.0
     capacity_factor: PositiveFloat | None = None
     capacity_scope: Literal["ep_group", "rank"] = "ep_group"
-    exempt_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    exempt_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    precision: Literal["bf16", "fp32", "fp64"]
     eval_every_steps: PositiveInt
     eval_num_samples: PositiveInt

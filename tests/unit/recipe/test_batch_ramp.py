@@ -24,6 +24,10 @@ def recipe_of(start: int, end: int, multiple: int, ramp_tokens: int, length: int
             start_batch_size=start, ramp_tokens=ramp_tokens, multiple_of=multiple
         ),
         num_steps=1,
+        warmup_steps=0,
+        decay_factor=1.0,
+        decay_at=(),
+        precision="fp32",
         eval_every_steps=1,
         eval_num_samples=1,
     )

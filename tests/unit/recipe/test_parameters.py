@@ -44,6 +44,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
         num_experts_per_tok=draw(st.integers(1, 8)),
         num_device_groups=8,
         num_limited_devices=3,
+        routed_scaling_factor=1.0,
     )
 
 
