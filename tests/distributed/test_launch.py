@@ -1,5 +1,6 @@
 """The whole way of a user's line: launch/local.sh, torchrun, ranks, files."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -22,9 +23,9 @@ def _launch(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         *("recipe.capacity_factor=1.0", "monitor.log_every_steps=2"),
         *overrides,
     ]
-    return subprocess.run(
-        [ROOT / "launch" / "local.sh", *line], capture_output=True, text=True, timeout=180
-    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    words = [ROOT / "launch" / "local.sh", *line]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180)
 
 
 def test_a_line_trains_tells_and_is_finished(tmp_path: Path) -> None:
