@@ -9,7 +9,6 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv2_train.config.sections.parallel import ParallelConfig
 
@@ -59,35 +58,6 @@ def build_hosts(timeout_s: float) -> dist.ProcessGroup:
     return dist.new_group(backend=dist.Backend.GLOO, timeout=timedelta(seconds=timeout_s))
 
 
-def build_fake(parallel: ParallelConfig, rank: int) -> ProcessGroupCollection:
-    """The groups as `rank` of the layout would see them, in one process and without its peers.
-
-    For dry runs on the meta device: ranks and sizes are right, collectives do nothing. Takes the
-    place of an earlier fake world; `destroy` ends it.
-
-    Args:
-        parallel: the layout, of any world size.
-        rank: which of its ranks to be.
-
-    Raises:
-        RuntimeError: when real processes are joined.
-    """
-    if dist.is_initialized():
-        if dist.get_backend() != dist.Backend.FAKE:
-            raise RuntimeError("a dry run takes a process of its own: this one has joined a run")
-        destroy()
-    dist.init_process_group(
-        dist.Backend.FAKE,
-        rank=rank,
-        world_size=parallel.world_size,
-        store=FakeStore(),
-        timeout=timedelta(minutes=1),
-    )
-    return build(parallel, timeout_s=60)
-
-
 def destroy() -> None:
-    """Forget what `build` or `build_fake` created; does nothing where there is nothing."""
+    """Forget what `build` created; does nothing where there is nothing."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized() and dist.get_backend() == dist.Backend.FAKE:
-        dist.destroy_process_group()

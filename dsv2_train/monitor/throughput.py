@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dsv2_train.recipe.utilization import model_tflops
+from dsv2_train.recipe.mfu import model_tflops
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from dsv2_train.planner.layout import (
 from dsv2_train.planner.timetable import Moment, timetable
 from dsv2_train.recipe.clock import Clock, Schedule
 from dsv2_train.recipe.flops import Context, ForwardFlops, forward_flops
+from dsv2_train.recipe.mfu import peak_tflops
 from dsv2_train.recipe.parameters import ParameterCount, model_parameters
-from dsv2_train.recipe.utilization import peak_tflops
 
 NOT_MODELLED = (
     "Not modelled: activations, recompute, communication time and buffers, bucket padding, "

@@ -51,11 +51,6 @@ class ParameterCount:
         every_part: list[int] = [getattr(self, part.name) for part in fields(self)]
         return sum(every_part) - self.routed_experts
 
-    @property
-    def matmul(self) -> int:
-        """Weights of matrix products: all but the embedding, which is a lookup, and the norms."""
-        return self.total - self.embedding - self.norms
-
     def activated(self, model: ModelConfig) -> "ParameterCount":
         """The parameters that one token uses: of the routed experts, num_experts_per_tok.
 

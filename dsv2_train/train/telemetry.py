@@ -16,7 +16,7 @@ from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.monitor.throughput import Stopwatch, throughput
 from dsv2_train.recipe.clock import Clock, Point
 from dsv2_train.recipe.flops import forward_flops
-from dsv2_train.recipe.utilization import peak_tflops
+from dsv2_train.recipe.mfu import peak_tflops
 from dsv2_train.train.routing_metrics import RoutedStep, expert_map, gather_step, routing_row
 
 

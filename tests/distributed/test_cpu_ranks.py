@@ -24,7 +24,8 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv2_train.config.sections.parallel import ParallelConfig
-from dsv2_train.distributed import cpu_ranks, groups
+from dsv2_train.distributed import cpu_ranks
+from tests.helpers.fake_world import build_fake
 from tests.helpers.toy import Toy
 from tests.helpers.world import preloaded_context
 
@@ -81,7 +82,7 @@ def schedule_without_pipeline() -> None:
 
 
 def schedule_of_a_pipeline() -> None:
-    built = groups.build_fake(ParallelConfig(world_size=2, pp=2), rank=0)
+    built = build_fake(ParallelConfig(world_size=2, pp=2), rank=0)
     toy = Stage(range(2), 0, 1, torch.float32)
     forward_backward_pipelining_without_interleaving(
         forward_step_func=lambda data, model: (torch.ones(1, 1, 8), None),
@@ -197,7 +198,7 @@ class Recorder(logging.Handler):
 
 
 def fake_groups(ep: int) -> ProcessGroupCollection:
-    return groups.build_fake(ParallelConfig(world_size=2, ep=ep), rank=0)
+    return build_fake(ParallelConfig(world_size=2, ep=ep), rank=0)
 
 
 def moe_config() -> TransformerConfig:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from dsv2_train.config.sections.parallel import ParallelConfig
 from dsv2_train.distributed import groups
+from tests.helpers.fake_world import build_fake, destroy_fake
 from tests.helpers.world import World
 
 # (pp, ep): the ranks of the group that rank 0, 1, 2, 3 is in.
@@ -101,11 +102,11 @@ def test_a_dry_run_sees_every_rank_of_the_paper_s_layout() -> None:
     start_s = time.monotonic()
     places = set()
     for rank in range(parallel.world_size):
-        built = groups.build_fake(parallel, rank)
+        built = build_fake(parallel, rank)
         assert dist.get_process_group_ranks(built.ep) == [rank // 8 * 8 + i for i in range(8)]
         assert dist.get_process_group_ranks(built.pp) == [rank % 8 + 8 * i for i in range(16)]
         places.add((built.pp.rank(), built.ep.rank(), built.pp.size(), built.ep.size()))
-    groups.destroy()
+    destroy_fake()
     assert places == {(stage, place, 16, 8) for stage in range(16) for place in range(8)}
     assert not dist.is_initialized()
     assert time.monotonic() - start_s < 60

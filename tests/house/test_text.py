@@ -57,9 +57,10 @@ def defined_names(module: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 
 
 def forbidden_names(path: Path) -> list[str]:
+    module = tree(path)
     return [
         f"{place(path, node)}: {name}"
-        for node, name in defined_names(tree(path))
+        for node, name in [(module, path.stem), *defined_names(module)]
         if FORBIDDEN_NAMES.match(name.strip("_").lower())
     ]
 
@@ -95,6 +96,11 @@ def test_no_module_has_state() -> None:
 def test_names_are_those_of_the_glossary() -> None:
     files = python_files("dsv2_train", "benchmarks")
     assert [line for path in files for line in forbidden_names(path)] == []
+
+
+def test_a_file_is_named_by_the_glossary_too(tmp_path: Path) -> None:
+    (tmp_path / "utilization.py").write_text("")
+    assert len(forbidden_names(tmp_path / "utilization.py")) == 1
 
 
 def test_imports_are_absolute() -> None:

@@ -53,8 +53,3 @@ class ModelConfig(Section):
     def shared_intermediate_size(self) -> int:
         """Width of the shared experts, which run as one SwiGLU."""
         return self.num_shared_experts * self.moe_intermediate_size
-
-    @property
-    def num_moe_layers(self) -> int:
-        """Layers whose feed-forward part is a mixture of experts."""
-        return self.num_layers - self.num_dense_layers

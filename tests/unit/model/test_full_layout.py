@@ -10,11 +10,11 @@ from dsv2_train.cli.compose import compose_values
 from dsv2_train.config.load import check
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import cpu_ranks
-from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.sharding import GlobalTensor, whole_of
 from dsv2_train.model.build import build_model
 from dsv2_train.model.implementation import choose
 from dsv2_train.recipe.parameters import stage_parameters
+from tests.helpers.fake_world import build_fake, destroy_fake
 from tests.helpers.released import Shape, released_tensors
 
 
@@ -27,7 +27,7 @@ def experiment(name: str, *overrides: str) -> RunConfig:
 
 def held(config: RunConfig, rank: int) -> list[tuple[GlobalTensor, int]]:
     """What a rank holds: each tensor's place in the model, and its elements."""
-    groups = process_groups.build_fake(config.parallel, rank)
+    groups = build_fake(config.parallel, rank)
     choices = choose(config.parallel, torch.device("cpu"))
     model = build_model(config, groups, choices, torch.device("meta"))
     return [(whole_of(parameter), parameter.numel()) for parameter in model.parameters()]
@@ -38,7 +38,7 @@ def shards() -> dict[int, list[tuple[GlobalTensor, int]]]:
     cpu_ranks.install()
     config = experiment("dsv2_236b_pretrain")
     found = {rank: held(config, rank) for rank in range(config.parallel.world_size)}
-    process_groups.destroy()
+    destroy_fake()
     return found
 
 
@@ -82,7 +82,7 @@ def test_lite_on_one_rank_has_the_published_size() -> None:
     cpu_ranks.install()
     config = experiment("dsv2_lite_pretrain", "parallel=single", "recipe.global_batch_size=8")
     tensors = held(config, 0)
-    process_groups.destroy()
+    destroy_fake()
     assert sum(numel for _, numel in tensors) == 15_706_484_224
     names = [item for place, _ in tensors for item in hf_tensors(place.name, place.shape)]
     assert len(names) == 5_291

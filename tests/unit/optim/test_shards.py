@@ -11,10 +11,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from dsv2_train.config.sections.parallel import ParallelConfig
 from dsv2_train.distributed import cpu_ranks
-from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.sharding import whole_of
 from dsv2_train.optim.build import wrap
 from dsv2_train.optim.shards import owned_shards
+from tests.helpers.fake_world import build_fake, destroy_fake
 from tests.helpers.toy import NUM_LAYERS, Toy
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -24,14 +24,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float
 def fake_world() -> Iterator[None]:
     cpu_ranks.install()
     yield
-    process_groups.destroy()
+    destroy_fake()
 
 
 def build(
     rank: int, world_size: int, ep: int, precision: str, bucket_size: int | None = None
 ) -> DistributedDataParallel:
     parallel = ParallelConfig(world_size=world_size, ep=ep, bucket_size=bucket_size)
-    groups = process_groups.build_fake(parallel, rank)
+    groups = build_fake(parallel, rank)
     toy = Toy(range(NUM_LAYERS), groups.ep.rank(), ep, PRECISIONS[precision])
     return wrap(toy, parallel, precision, groups)
 

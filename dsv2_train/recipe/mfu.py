@@ -1,4 +1,4 @@
-"""From tokens per second to model TFLOP/s, and the peaks of devices; never a guess."""
+"""From tokens per second to model TFLOP/s, and the peak they are a share of; never a guess."""
 
 import re
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dsv2_train.recipe.flops import forward_flops
-from dsv2_train.recipe.utilization import model_tflops, peak_tflops
+from dsv2_train.recipe.mfu import model_tflops, peak_tflops
 from tests.unit.recipe.presets import preset
 
 
