@@ -168,12 +168,12 @@ def _flops(config: RunConfig, context: Context) -> FlopsPerToken:
 
 def _cost(config: RunConfig) -> Cost:
     schedule = Schedule(config.recipe, config.optim)
-    num_steps = schedule.last_step(Clock())
-    num_tokens = schedule.consumed_tokens(schedule.clock_at_step(num_steps))
+    end = schedule.end(Clock())
+    num_tokens = schedule.consumed_tokens(end)
     flops = num_tokens * _flops(config, "causal").training
     peak = peak_tflops(config.cluster.device, config.recipe.precision)
     return Cost(
-        num_steps=num_steps,
+        num_steps=end.step,
         num_tokens=num_tokens,
         training_flops=flops,
         training_flops_full=num_tokens * _flops(config, "full").training,

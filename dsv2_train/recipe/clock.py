@@ -100,6 +100,12 @@ class Schedule:
         trace = BatchTrace(self._recipe, clock.step, clock.consumed_samples)
         return trace.steps_to_consume(self.budget_tokens)
 
+    def end(self, clock: Clock) -> Clock:
+        """Clock at which a run that is now at `clock` ends."""
+        trace = BatchTrace(self._recipe, clock.step, clock.consumed_samples)
+        step = self.last_step(clock)
+        return Clock(step, trace.consumed_samples(step))
+
     def clock_at(self, num_tokens: int) -> Clock:
         """Clock of a run from its beginning as soon as it has consumed `num_tokens` tokens."""
         step = self._trace.steps_to_consume(num_tokens)

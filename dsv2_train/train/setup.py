@@ -149,6 +149,6 @@ def _start_up(run: Run, choices: list[Choice]) -> StartUp:
         num_microbatches=run.num_microbatches(batch_size),
         first_step=run.clock.step,
         total_steps=run.schedule.last_step(run.clock),
-        total_tokens=run.schedule.budget_tokens,
+        total_tokens=run.schedule.consumed_tokens(run.schedule.end(run.clock)),
         implementations=choices,
     )

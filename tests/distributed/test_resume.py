@@ -56,11 +56,12 @@ def test_resumed_equals_straight(
     assert _rows(resumed) == _rows(straight)
 
 
-def _told_totals(rank: int, config: RunConfig) -> tuple[int, int]:
-    """Steps of the whole run, as the start-up table and the progress counter have them."""
+def _told_totals(rank: int, config: RunConfig) -> tuple[int, int, int]:
+    """Steps of the whole run in the start-up table and the progress counter; its tokens."""
     run = open_run(rank, config)
     assert run.monitor is not None
-    totals = (setup._start_up(run, []).total_steps, run.monitor._console._total_steps)
+    start = setup._start_up(run, [])
+    totals = (start.total_steps, run.monitor._console._total_steps, start.total_tokens)
     close_run(run)
     return totals
 
@@ -72,7 +73,9 @@ def test_another_batch_moves_the_end_that_is_told(world: World, tmp_path: Path) 
     config = run_config(tmp_path, data, "parallel.world_size=1", *tokens)
     world.run(_train, 1, config, 3)
     smaller = run_config(tmp_path, data, *tokens, "recipe.global_batch_size=4")
-    assert world.run(_told_totals, 1, smaller) == [(9, 9)]
+    assert world.run(_told_totals, 1, smaller) == [(9, 9, 6 * 8 * 24)]
+    shorter = run_config(tmp_path, data, *tokens, "recipe.num_steps=4")
+    assert world.run(_told_totals, 1, shorter) == [(4, 4, 4 * 8 * 24)]
 
 
 def test_rows_after_the_restored_step_are_kept_aside(world: World, tmp_path: Path) -> None:

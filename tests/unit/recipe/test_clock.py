@@ -60,6 +60,7 @@ def test_every_clock_of_a_run_foresees_its_end() -> None:
     schedule = schedule_of(SHORT)
     seen = clocks(schedule)
     assert {schedule.last_step(clock) for clock in seen} == {seen[-1].step}
+    assert {schedule.end(clock) for clock in seen} == {seen[-1]}
 
 
 @given(st.integers(0, 250_000))
@@ -101,6 +102,7 @@ def test_num_steps_ends_a_run_before_its_budget() -> None:
     assert schedule.budget_tokens == 8_100_000_000_000
     assert [clock.step for clock in clocks(schedule)] == [0, 1, 2, 3, 4, 5]
     assert schedule.last_step(Clock(3, 6912)) == 5
+    assert schedule.end(Clock(3, 6912)) == Clock(5, 11_520)
 
 
 @pytest.mark.parametrize("recipe", [("num_steps=5",), ("num_steps=null", "num_tokens=10240")])
