@@ -124,9 +124,13 @@ def inspect(
     checkpoint = layout.latest_complete(config.run.checkpoint_folder)
     clock, changed = Clock(), list[Change]()
     if checkpoint is not None:
-        clock = _clock(checkpoint)
-        changed = changes(read_values(checkpoint / layout.CONFIG), config.model_dump(mode="json"))
-        found += refused(changed, config.run.folder)
+        try:
+            before = read_values(checkpoint / layout.CONFIG)
+            changed = changes(before, config.model_dump(mode="json"))
+            found += refused(changed, config.run.folder)
+            clock = _clock(checkpoint)
+        except ConfigError as error:
+            found += error.problems
     if found:
         raise ConfigError(found)
     return Launch(config, checkpoint, clock, tuple(changed), tuple(overrides))

@@ -105,6 +105,14 @@ def test_a_checkpoint_that_does_not_tell_its_clock_is_one_plain_problem(
         inspect(config())
 
 
+def test_a_damaged_clock_hides_no_other_problem() -> None:
+    (write_checkpoint(config(), 10) / "state.json").unlink()
+    with pytest.raises(ConfigError) as caught:
+        inspect(config("run.seed=4", "parallel.world_size=16", "recipe.global_batch_size=32"))
+    paths = [problem.path.rpartition("/")[2] for problem in caught.value.problems]
+    assert sorted(set(paths)) == ["parallel.world_size", "run.seed", "state.json"]
+
+
 def test_an_unfinished_checkpoint_does_not_count() -> None:
     (write_checkpoint(config(), 10) / "COMPLETE").unlink()
     assert inspect(config("model.num_layers=3", "run.seed=4")).checkpoint is None
