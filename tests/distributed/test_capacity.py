@@ -1,15 +1,22 @@
 """One budget for a group of ranks, whoever holds which sequence; exempt ones lose nothing."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.model.moe.capacity import DeviceCapacity
+from dsv2_train.monitor.rows import read_rows
+from dsv2_train.recipe.exemption import is_exempt
+from dsv2_train.train import loop
 from tests.distributed.test_expert_parallel import layer_config
+from tests.helpers.corpus import synthetic_folder
 from tests.helpers.model import build_on_cpu, roughen
+from tests.helpers.run import close_run, open_run, run_config
 from tests.helpers.world import World
 
 NUM_SEQUENCES, LENGTH, NUM_EXPERTS, NUM_GROUPS, TOP_K = 4, 40, 16, 8, 3
@@ -100,3 +107,34 @@ def test_exempt_sequences_and_evaluation_are_as_without_a_capacity(
         )
         assert not torch.allclose(ours["training"][:, 0], theirs["training"][:, 0])
         assert torch.equal(ours["evaluation"], theirs["evaluation"])
+
+
+def _rows(rank: int, config: RunConfig) -> list[dict[str, float]]:
+    run = open_run(rank, config)
+    loop.train(run)
+    close_run(run)
+    return read_rows(config.run.folder / "metrics.jsonl")
+
+
+def test_a_run_exempts_samples_by_their_id_and_counts_steps_apart(
+    world: World, tmp_path: Path
+) -> None:
+    config = run_config(
+        tmp_path,
+        synthetic_folder(tmp_path / "data"),
+        "parallel.world_size=2",
+        "parallel.ep=2",
+        "recipe.micro_batch_size=2",
+        "recipe.capacity_factor=1.0",
+        "recipe.exempt_share=0.4",
+        "recipe.eval_every_steps=2",
+    )
+    shares = []
+    for row in world.run(_rows, 2, config)[0]:
+        step = int(row["step"])
+        samples = range(8 * step - 8, 8 * step)
+        exempt = [is_exempt(sample, config.run.seed, 0.4) for sample in samples]
+        assert row["moe/exempt_share"] == sum(exempt) / 8
+        assert 0 < row["moe/dropped_share"] < 0.5
+        shares.append(row["moe/exempt_share"])
+    assert len(set(shares)) > 1
