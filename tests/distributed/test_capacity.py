@@ -136,5 +136,6 @@ def test_a_run_exempts_samples_by_their_id_and_counts_steps_apart(
         exempt = [is_exempt(sample, config.run.seed, 0.4) for sample in samples]
         assert row["moe/exempt_share"] == sum(exempt) / 8
         assert 0 < row["moe/dropped_share"] < 0.5
+        assert 1 <= row["moe/devices_per_token"] <= config.model.num_limited_devices
         shares.append(row["moe/exempt_share"])
     assert len(set(shares)) > 1
