@@ -9,7 +9,7 @@ from dsv2_train.config.load import check, missing
 from dsv2_train.config.packages import PACKAGES
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.run import RunConfig
-from dsv2_train.data.manifest import check_config
+from dsv2_train.data.check import check_config
 
 _DATA_PATH_IS_OPEN = missing("data.path")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from dsv2_train.data.manifest import DataError, read_manifest, size_problems
@@ -77,13 +78,13 @@ def open_split(folder: Path, split: str, sequence_length: int, seed: int) -> Spl
             f"{folder / record.bin.name}: found {record.num_tokens} tokens, "
             f"a sample of sequence_length {sequence_length} needs {sequence_length + 1}"
         )
-    stream = np.memmap(folder / record.bin.name, dtype=record.dtype, mode="r")
-    windows = np.lib.stride_tricks.as_strided(
-        np.asarray(stream),
-        shape=(count, sequence_length + 1),
-        strides=(sequence_length * stream.itemsize, stream.itemsize),
-        writeable=False,
-    )
+    stream = np.asarray(np.memmap(folder / record.bin.name, dtype=record.dtype, mode="r"))
+    if stream.size != record.num_tokens:
+        raise DataError(
+            f"{folder / record.bin.name}: found {stream.size} tokens, "
+            f"the manifest says {record.num_tokens}"
+        )
+    windows = sliding_window_view(stream, sequence_length + 1)[::sequence_length]
     return Split(windows, seed if split == "train" else None)
 
 

@@ -1,4 +1,4 @@
-"""What a data folder contains, and whether a run can train on it; plain Python, no torch.
+"""What a data folder contains; plain Python, no torch.
 
 <folder>/manifest.json    written last: a folder without it is unfinished
 <folder>/tokenizer.json
@@ -8,19 +8,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import reprlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
-
-from dsv2_train.config.problems import Problem
-from dsv2_train.config.run import RunConfig
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1
 SPLITS = ("train", "validation")
-# Rows past the tokenizer's ids are never targets; DeepSeek pads 100,015 to 102,400.
-MAX_PADDING_SHARE = 0.1
+TOKEN_BYTES = {"uint16": 2, "int32": 4}
+_KINDS = {int: "an integer, not negative", str: "a string", dict: "an object"}
+_MAX_INTEGER = 2**63 - 1
+
+T = TypeVar("T")
 
 
 class DataError(Exception):
@@ -43,7 +44,7 @@ class SplitRecord:
     Attributes:
         bin: the tokens.
         idx: where documents start, in megatron-core's format.
-        dtype: numpy name of the token type.
+        dtype: numpy name of the token type, one of TOKEN_BYTES.
         num_documents: documents in the stream.
         num_tokens: tokens in the stream, begin and end of sentence included.
         text_bytes: UTF-8 bytes of their text.
@@ -103,24 +104,24 @@ def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json.
 
     Raises:
-        DataError: the folder or its manifest is missing, or is not one of this version.
+        DataError: the folder or its manifest is missing or unreadable, is not one of this version,
+            or contradicts itself; names the field.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
-        what = "holds no manifest.json" if folder.is_dir() else "no such folder"
-        raise DataError(f"{folder}: {what}; write it with: {_prepare_command(folder)}")
     try:
-        values = json.loads(path.read_bytes())
-        version = values.pop("version")
-        if version != VERSION:
-            raise DataError(
-                f"{path}: found version {version!r}, this release reads {VERSION}; "
-                f"delete {folder} and run: {_prepare_command(folder)}"
-            )
-        return _from_values(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "holds no manifest.json" if folder.is_dir() else "no such folder"
+        raise DataError(f"{folder}: {what}; write it with: {_prepare_command(folder)}") from error
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # characters that no path can have
+        raise DataError(f"{folder}: cannot be a folder: {error}") from error
+    try:
+        return _from_values(json.loads(content))
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: not a manifest of dsv2 prepare ({type(error).__name__}: {error}); "
+            f"{path}: not a manifest of this dsv2 prepare: {error}; "
             f"delete {folder} and run: {_prepare_command(folder)}"
         ) from error
 
@@ -137,12 +138,30 @@ def size_problems(folder: Path, manifest: Manifest) -> list[str]:
     return [problem for record in manifest.files if (problem := _size_problem(folder, record))]
 
 
+def file_problems(folder: Path, manifest: Manifest, max_file_bytes: int | None) -> list[str]:
+    """Files that are not the manifest's, by size and by SHA-256.
+
+    Args:
+        folder: where they are.
+        manifest: its manifest.
+        max_file_bytes: larger files are held against their size alone; None reads all of them.
+    """
+    problems = []
+    for record in manifest.files:
+        problem = _size_problem(folder, record)
+        if problem is None and (max_file_bytes is None or record.num_bytes <= max_file_bytes):
+            problem = _checksum_problem(folder, record)
+        if problem is not None:
+            problems.append(problem)
+    return problems
+
+
 def verify(folder: Path, max_file_bytes: int | None = None) -> Manifest:
     """Compare the files of a data folder with its manifest, byte for byte (SHA-256).
 
     Args:
         folder: written by `dsv2 prepare`.
-        max_file_bytes: larger files are held against their size alone; None reads all of them.
+        max_file_bytes: as in `file_problems`.
 
     Returns:
         The manifest.
@@ -154,113 +173,95 @@ def verify(folder: Path, max_file_bytes: int | None = None) -> Manifest:
         Reads about 1 GB/s: once per run, on one rank, before training.
     """
     manifest = read_manifest(folder)
-    problems = size_problems(folder, manifest)
-    for record in manifest.files:
-        is_read = max_file_bytes is None or record.num_bytes <= max_file_bytes
-        if is_read and not _size_problem(folder, record):
-            found = describe_file(folder / record.name).sha256
-            if found != record.sha256:
-                problems.append(
-                    f"{folder / record.name}: found SHA-256 {found[:16]}..., "
-                    f"the manifest says {record.sha256[:16]}..."
-                )
-    if problems:
-        raise DataError(f"{'; '.join(problems)}; {_restore(folder)}")
+    if problems := file_problems(folder, manifest, max_file_bytes):
+        raise DataError(f"{'; '.join(problems)}; {how_to_restore(folder)}")
     return manifest
 
 
-def check_config(config: RunConfig) -> list[Problem]:
-    """What keeps a run from training on its data folder; reads the manifest and file sizes.
-
-    Fields that are themselves wrong may be absent from `config`: checks that need them are passed
-    over.
-    """
-    try:
-        path = config.data.path
-    except AttributeError:
-        return []
-    folder = Path(path)
-    try:
-        manifest = read_manifest(folder)
-    except DataError as error:
-        return [Problem("data.path", path, str(error))]
-    problems = [
-        Problem("data.path", path, f"{problem}; {_restore(folder)}")
-        for problem in size_problems(folder, manifest)
-    ]
-    for check in _CHECKS:
-        try:
-            problems += check(config, manifest)
-        except AttributeError:
-            continue
-    return problems
-
-
-def _vocabulary(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
-    rows, needed = config.model.vocab_size, manifest.tokenizer.vocab_size
-    most = int(needed * (1 + MAX_PADDING_SHARE))
-    if not needed <= rows <= most:
-        allowed = (
-            f"must be {needed} to {most}: the tokenizer of {config.data.path} has {needed} ids, "
-            f"and at most {MAX_PADDING_SHARE:.0%} more rows are padding"
-        )
-        yield Problem("model.vocab_size", rows, allowed)
-
-
-def _train_size(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
-    length, num_tokens = config.recipe.sequence_length, manifest.splits["train"].num_tokens
-    if length >= num_tokens:
-        allowed = (
-            f"must be at most {num_tokens - 1}: the train split of {config.data.path} "
-            f"has {num_tokens} tokens, and a sample takes one more than its length"
-        )
-        yield Problem("recipe.sequence_length", length, allowed)
-
-
-def _validation_size(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
-    length, num_tokens = config.recipe.sequence_length, manifest.splits["validation"].num_tokens
-    num_samples = max(num_tokens - 1, 0) // length
-    if config.recipe.eval_num_samples > num_samples:
-        allowed = (
-            f"must be at most {num_samples}: the validation split of {config.data.path} has "
-            f"{num_tokens} tokens, so {num_samples} samples of recipe.sequence_length = {length}"
-        )
-        yield Problem("recipe.eval_num_samples", config.recipe.eval_num_samples, allowed)
-
-
-_CHECKS: tuple[Callable[[RunConfig, Manifest], Iterator[Problem]], ...] = (
-    _vocabulary,
-    _train_size,
-    _validation_size,
-)
+def how_to_restore(folder: Path) -> str:
+    """What to do about a folder that is not the manifest's."""
+    return f"restore the files, or delete {folder} and run: {_prepare_command(folder)}"
 
 
 def _size_problem(folder: Path, record: FileRecord) -> str | None:
     path = folder / record.name
-    if not path.is_file():
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
         return f"{path}: missing, the manifest says {record.num_bytes} bytes"
-    found = path.stat().st_size
+    except (OSError, ValueError) as error:
+        return f"{path}: cannot be read: {error}"
     if found != record.num_bytes:
         return f"{path}: found {found} bytes, the manifest says {record.num_bytes}"
     return None
 
 
-def _from_values(values: Mapping[str, Any]) -> Manifest:
-    tokenizer = dict(values["tokenizer"])
-    tokenizer["file"] = FileRecord(**tokenizer["file"])
-    splits = {}
-    for name in SPLITS:
-        split = dict(values["splits"][name])
-        split["bin"], split["idx"] = FileRecord(**split["bin"]), FileRecord(**split["idx"])
-        splits[name] = SplitRecord(**split)
-    plain = {key: values[key] for key in ("source", "arguments", "skipped")}
-    return Manifest(tokenizer=TokenizerRecord(**tokenizer), splits=splits, **plain)
+def _checksum_problem(folder: Path, record: FileRecord) -> str | None:
+    path = folder / record.name
+    try:
+        found = describe_file(path).sha256
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    if found != record.sha256:
+        return f"{path}: found SHA-256 {found[:16]}..., the manifest says {record.sha256[:16]}..."
+    return None
+
+
+def _from_values(values: object) -> Manifest:
+    """The manifest of what JSON held; ValueError names the field that is wrong."""
+    fields = dict(_value(dict[str, Any], values, "the file"))
+    version = _value(int, fields.pop("version", None), "version")
+    if version != VERSION:
+        raise ValueError(f"version: found {version}; this release reads {VERSION}")
+    manifest = _record(Manifest, fields, "")
+    if contradictions := list(_contradictions(manifest)):
+        raise ValueError("; ".join(contradictions))
+    return manifest
+
+
+def _record(cls: type[T], values: dict[str, Any], prefix: str) -> T:
+    """A record with exactly its declared fields, each of its declared type."""
+    kinds = get_type_hints(cls)
+    wrong = [f"{prefix}{name}: missing" for name in kinds if name not in values]
+    wrong += [f"{prefix}{name}: unknown field" for name in values if name not in kinds]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return cls(**{name: _value(kinds[name], values[name], f"{prefix}{name}") for name in kinds})
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    """`value`, where it is of the declared type `kind`: a record, dict[str, kind], int or str."""
+    if kind is Any:
+        return value
+    is_record = is_dataclass(kind)
+    plain: Any = dict if is_record else get_origin(kind) or kind
+    # bool is a subclass of int
+    if type(value) is not plain or (plain is int and not 0 <= value <= _MAX_INTEGER):
+        raise ValueError(f"{path}: found {reprlib.repr(value)}; must be {_KINDS[plain]}")
+    if is_record:
+        return _record(kind, value, f"{path}.")
+    if plain is dict:
+        _, inner = get_args(kind)
+        return {key: _value(inner, each, f"{path}.{key}") for key, each in value.items()}
+    return value
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """Where fields disagree: a stream is mapped by its token count, so its bytes must hold it."""
+    if set(manifest.splits) != set(SPLITS):
+        yield f"splits: found {sorted(manifest.splits)}; must be {' and '.join(SPLITS)}"
+    for name, split in manifest.splits.items():
+        width = TOKEN_BYTES.get(split.dtype)
+        if width is None:
+            allowed = " or ".join(TOKEN_BYTES)
+            yield f"splits.{name}.dtype: found {split.dtype!r}; must be {allowed}"
+        elif split.num_tokens * width != split.bin.num_bytes:
+            yield (
+                f"splits.{name}.num_tokens: found {split.num_tokens}, {width} bytes each; "
+                f"{split.bin.name} has {split.bin.num_bytes} bytes"
+            )
 
 
 def _prepare_command(folder: Path) -> str:
     default = folder == Path("data/stdlib")
     return "dsv2 prepare" if default else f"dsv2 prepare --source SOURCE --out {folder}"
-
-
-def _restore(folder: Path) -> str:
-    return f"restore the files, or delete {folder} and run: {_prepare_command(folder)}"

@@ -19,16 +19,17 @@ from dsv2_train.recipe.clock import Schedule
 def write_data_folder(folder: Path, vocab_size: int) -> None:
     """A data folder with the right names, sizes and checksums."""
     folder.mkdir(parents=True)
+    num_tokens = 1_000_000
 
     def split(name: str) -> SplitRecord:
-        for suffix in ("bin", "idx"):
-            (folder / f"{name}.{suffix}").write_bytes(b"not tokens")
+        (folder / f"{name}.bin").write_bytes(bytes(2 * num_tokens))
+        (folder / f"{name}.idx").write_bytes(b"no index")
         return SplitRecord(
             bin=describe_file(folder / f"{name}.bin"),
             idx=describe_file(folder / f"{name}.idx"),
             dtype="uint16",
             num_documents=10,
-            num_tokens=1_000_000,
+            num_tokens=num_tokens,
             text_bytes=3_000_000,
         )
 

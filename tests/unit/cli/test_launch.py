@@ -118,7 +118,16 @@ def test_a_truncated_corpus_is_refused(folder: Path, python_without_torch: str) 
     (folder / "data/stdlib/train.bin").write_bytes(b"short")
     done = local_sh(python_without_torch, QUICKSTART)
     assert done.returncode == 2
-    assert "train.bin: found 5 bytes, the manifest says 10" in done.stderr
+    assert "train.bin: found 5 bytes, the manifest says 2000000" in done.stderr
+
+
+def test_a_path_that_no_folder_can_have_is_one_problem(
+    folder: Path, python_without_torch: str
+) -> None:
+    done = local_sh(python_without_torch, QUICKSTART, f"data.path={'a' * 300}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("1 configuration problem:\n  - data.path: found 'aaa")
+    assert "File name too long" in done.stderr
 
 
 def test_cfg_job_prints_a_config_that_composes_again(

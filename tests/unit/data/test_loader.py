@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv2_train.data import loader
 from dsv2_train.data.loader import Batch, Split, batches, open_split
 from dsv2_train.data.manifest import DataError
 from tests.helpers.corpus import synthetic_folder
@@ -143,3 +144,26 @@ def test_a_truncated_stream_is_refused(tmp_path: Path) -> None:
         file.truncate(150)
     with pytest.raises(DataError, match=r"train\.bin: found 150 bytes, the manifest says 200"):
         open_split(folder, "train", 8, 0)
+
+
+def test_a_stream_cut_after_its_size_was_seen_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = synthetic_folder(tmp_path, train_tokens=100, validation_tokens=100)
+    with (folder / "train.bin").open("r+b") as file:
+        file.truncate(150)
+    monkeypatch.setattr(loader, "size_problems", lambda *_: [])
+    with pytest.raises(DataError, match=r"train\.bin: found 75 tokens, the manifest says 100"):
+        open_split(folder, "train", 8, 0)
+
+
+@given(num_tokens=st.integers(13, 200), length=st.integers(1, 12))
+def test_windows_share_one_token_and_stay_in_the_file(
+    tmp_path_factory: pytest.TempPathFactory, num_tokens: int, length: int
+) -> None:
+    path = tmp_path_factory.mktemp("data")
+    synthetic_folder(path, train_tokens=num_tokens, validation_tokens=50)
+    tokens = stream(path, "train")
+    count = (num_tokens - 1) // length
+    expected = [tokens[i * length : (i + 1) * length + 1] for i in range(count)]
+    assert open_split(path, "train", length, SEED).windows.tolist() == expected

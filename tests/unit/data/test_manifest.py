@@ -1,17 +1,15 @@
-"""A data folder that is not what its manifest says, or does not fit the run, is refused."""
+"""A data folder that is not what its manifest says, and a manifest that is none, are refused."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dsv2_train.config.load import check
-from dsv2_train.config.run import RunConfig
-from dsv2_train.data.manifest import DataError, check_config, read_manifest, verify
+from dsv2_train.data.manifest import DataError, read_manifest, verify
 from tests.helpers.corpus import synthetic_folder
-from tests.helpers.tiny import tiny_config
 
 NAMES = ("train.bin", "train.idx", "validation.bin", "validation.idx", "tokenizer.json")
 
@@ -21,13 +19,21 @@ def folder(tmp_path: Path) -> Path:
     return synthetic_folder(tmp_path / "data", train_tokens=3000, validation_tokens=3000)
 
 
-def config_for(folder: Path, *overrides: str) -> RunConfig:
-    return tiny_config(f"data.path={folder}", *overrides)
+def change_manifest(folder: Path, path: str, value: Any) -> None:
+    """Set one field of the manifest by its dotted path; `...` takes it out."""
+    values = json.loads((folder / "manifest.json").read_text())
+    *parents, name = path.split(".")
+    record = values
+    for parent in parents:
+        record = record[parent]
+    record[name] = value
+    if value is ...:
+        del record[name]
+    (folder / "manifest.json").write_text(json.dumps(values))
 
 
 def test_a_folder_as_written_is_accepted(folder: Path) -> None:
     assert verify(folder) == read_manifest(folder)
-    assert check_config(config_for(folder)) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,97 +60,113 @@ def test_exchanged_splits_are_found(folder: Path, suffix: str) -> None:
             verify(folder)
 
 
-def test_a_swapped_bin_and_idx_is_found_by_size_alone(folder: Path) -> None:
-    (folder / "train.bin").rename(folder / "aside")
-    (folder / "train.idx").rename(folder / "train.bin")
-    (folder / "aside").rename(folder / "train.idx")
-    problems = check_config(config_for(folder))
-    assert [problem.path for problem in problems] == ["data.path", "data.path"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_truncated_and_missing_files_are_problems_of_the_config(folder: Path, name: str) -> None:
-    whole = (folder / name).stat().st_size
-    with (folder / name).open("r+b") as file:
-        file.truncate(whole - 1)
-    (problem,) = check_config(config_for(folder))
-    assert problem.path == "data.path"
-    assert f"{name}: found {whole - 1} bytes, the manifest says {whole}" in problem.allowed
-    (folder / name).unlink()
-    (problem,) = check_config(config_for(folder))
-    assert f"{name}: missing" in problem.allowed
-    with pytest.raises(DataError, match="missing"):
-        verify(folder)
-
-
-def test_a_missing_folder_says_how_to_make_it(tmp_path: Path) -> None:
-    (problem,) = check_config(config_for(tmp_path / "none"))
-    assert problem.path == "data.path"
-    assert "no such folder; write it with: dsv2 prepare" in problem.allowed
-    (problem,) = check_config(config_for(tmp_path))
-    assert "holds no manifest.json" in problem.allowed
-
-
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
-        ("{}", "KeyError: 'version'"),
-        ('{"version": 1}', "KeyError: 'tokenizer'"),
-        ('{"version": 2}', "found version 2"),
+        ("{", "Expecting property name"),
+        ("\xff", "can't decode byte 0xff"),
+        ("[" * 100_000, "recursion"),
+        ("[]", r"the file: found \[\]; must be an object"),
+        ("{}", "version: found None; must be an integer"),
+        ('{"version": true}', "version: found True"),
+        ('{"version": 2}', "version: found 2; this release reads 1"),
+        ('{"version": 1, "colour": 2}', "tokenizer: missing; .*colour: unknown field"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(folder: Path, content: str, found: str) -> None:
-    (folder / "manifest.json").write_text(content)
-    (problem,) = check_config(config_for(folder))
-    assert found in problem.allowed
-
-
-def test_an_unknown_field_of_the_manifest_is_refused(folder: Path) -> None:
-    values = json.loads((folder / "manifest.json").read_text())
-    values["splits"]["train"]["colour"] = "red"
-    (folder / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(DataError, match="colour"):
+    (folder / "manifest.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(
+        DataError, match=rf"manifest\.json: not a manifest .*{found}.*delete .* run"
+    ):
         read_manifest(folder)
 
 
 @pytest.mark.parametrize(
-    ("rows", "is_allowed"), [(127, False), (128, True), (140, True), (141, False)]
+    ("path", "value", "message"),
+    [
+        ("source", 7, "found 7; must be a string"),
+        ("arguments", None, "found None; must be an object"),
+        ("tokenizer", [], r"found \[\]; must be an object"),
+        ("tokenizer.vocab_size", None, "found None; must be an integer"),
+        ("tokenizer.vocab_size", ..., "missing"),
+        ("tokenizer.file.sha256", 1.5, "found 1.5; must be a string"),
+        ("tokenizer.file.name", ..., "missing"),
+        ("splits", "train", "found 'train'; must be an object"),
+        ("splits.train", None, "found None; must be an object"),
+        ("splits.train.num_tokens", "3000", "found '3000'; must be an integer"),
+        ("splits.train.num_tokens", 3000.0, r"found 3000\.0; must be an integer"),
+        ("splits.train.num_documents", True, "found True; must be an integer"),
+        ("splits.train.text_bytes", -1, "found -1; must be an integer, not negative"),
+        ("splits.train.text_bytes", 10**30, "found 10{30}; must be an integer"),
+        ("splits.train.colour", "red", "unknown field"),
+        ("splits.validation.bin.num_bytes", {}, "found {}; must be an integer"),
+        ("splits.validation.idx.owner", "me", "unknown field"),
+        ("skipped.empty", "3", "found '3'; must be an integer"),
+    ],
 )
-def test_embedding_rows_cover_the_tokenizer_and_little_more(
-    folder: Path, rows: int, is_allowed: bool
+def test_a_wrong_field_of_the_manifest_is_named(
+    folder: Path, path: str, value: Any, message: str
 ) -> None:
-    problems = check_config(config_for(folder, f"model.vocab_size={rows}"))
-    assert [problem.path for problem in problems] == ([] if is_allowed else ["model.vocab_size"])
-    assert all("must be 128 to 140" in str(problem) for problem in problems)
+    change_manifest(folder, path, value)
+    with pytest.raises(DataError, match=rf"manifest\.json: .*: {path}: {message}.*; delete"):
+        read_manifest(folder)
 
 
-def test_splits_must_hold_what_the_recipe_takes(folder: Path) -> None:
-    problems = check_config(config_for(folder, "recipe.sequence_length=3000"))
-    assert [problem.path for problem in problems] == [
-        "recipe.sequence_length",
-        "recipe.eval_num_samples",
-    ]
-    assert "must be at most 2999" in problems[0].allowed
-    assert check_config(config_for(folder, "recipe.eval_num_samples=124")) == []
-    (problem,) = check_config(config_for(folder, "recipe.eval_num_samples=126"))
-    assert problem.path == "recipe.eval_num_samples"
-    assert "must be at most 124" in problem.allowed
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("splits.train.num_tokens", 3001, "found 3001, 2 bytes each; train.bin has 6000 bytes"),
+        ("splits.train.num_tokens", 10**12, "2 bytes each; train.bin has 6000 bytes"),
+        ("splits.validation.dtype", "int32", "found 3000, 4 bytes each; validation.bin has 6000"),
+        ("splits.train.dtype", "float64", "found 'float64'; must be uint16 or int32"),
+        ("splits.validation", ..., r"splits: found \['train'\]; must be train and validation"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    folder: Path, path: str, value: Any, message: str
+) -> None:
+    change_manifest(folder, path, value)
+    with pytest.raises(DataError, match=message):
+        read_manifest(folder)
 
 
-def test_checks_that_need_a_wrong_field_are_passed_over(folder: Path) -> None:
-    values = config_for(folder).model_dump()
-    values["recipe"]["sequence_length"] = "long"
-    values["model"]["vocab_size"] = 1000
-    config, _ = check(values)
-    assert [problem.path for problem in check_config(config)] == ["model.vocab_size"]
-    del values["data"]
-    config, _ = check(values)
-    assert check_config(config) == []
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a" * 300, "File name too long"),
+        ("a\0b", "null byte"),
+        ("\ud800", "surrogates not allowed"),
+    ],
+)
+def test_a_name_that_no_folder_has_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_manifest(tmp_path / name)
 
 
-@pytest.mark.parametrize("module", ["data.manifest", "data.sampler", "cli.prepare"])
+def test_files_with_impossible_names_are_named(folder: Path) -> None:
+    change_manifest(folder, "splits.train.idx.name", "a" * 300)
+    change_manifest(folder, "tokenizer.file.name", "a\0b")
+    with pytest.raises(DataError, match=r"null byte.*File name too long"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train.bin"])
+def test_a_file_that_may_not_be_read_is_named(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Path.open
+
+    def refuse(self: Path, *words: Any, **options: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return original(self, *words, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("module", ["data.check", "data.sampler", "cli.prepare"])
 def test_launchers_and_prepare_do_not_import_torch(module: str) -> None:
     code = f"import sys, dsv2_train.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,83 @@
+"""Whether a run can train on its data folder, told before any rank starts; no torch."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dsv2_train.config.problems import Problem
+from dsv2_train.config.run import RunConfig
+from dsv2_train.config.sections.base import Absent
+from dsv2_train.data.manifest import (
+    DataError,
+    Manifest,
+    how_to_restore,
+    read_manifest,
+    size_problems,
+)
+
+# Rows past the tokenizer's ids are never targets; DeepSeek pads 100,015 to 102,400.
+MAX_PADDING_SHARE = 0.1
+
+
+def check_config(config: RunConfig) -> list[Problem]:
+    """What keeps a run from training on its data folder.
+
+    Reads the manifest and file sizes. Fields that are themselves wrong may be absent from `config`:
+    checks that need them are passed over.
+    """
+    try:
+        path = config.data.path
+    except Absent:
+        return []
+    folder = Path(path)
+    try:
+        manifest = read_manifest(folder)
+    except DataError as error:
+        return [Problem("data.path", path, str(error))]
+    problems = [
+        Problem("data.path", path, f"{problem}; {how_to_restore(folder)}")
+        for problem in size_problems(folder, manifest)
+    ]
+    for check in _CHECKS:
+        with contextlib.suppress(Absent):
+            problems.extend(check(config, manifest))
+    return problems
+
+
+def _vocabulary(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
+    rows, needed = config.model.vocab_size, manifest.tokenizer.vocab_size
+    most = int(needed * (1 + MAX_PADDING_SHARE))
+    if not needed <= rows <= most:
+        allowed = (
+            f"must be {needed} to {most}: the tokenizer of {config.data.path} has {needed} ids, "
+            f"and at most {MAX_PADDING_SHARE:.0%} more rows are padding"
+        )
+        yield Problem("model.vocab_size", rows, allowed)
+
+
+def _train_size(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
+    length, num_tokens = config.recipe.sequence_length, manifest.splits["train"].num_tokens
+    if length >= num_tokens:
+        allowed = (
+            f"must be at most {num_tokens - 1}: the train split of {config.data.path} "
+            f"has {num_tokens} tokens, and a sample takes one more than its length"
+        )
+        yield Problem("recipe.sequence_length", length, allowed)
+
+
+def _validation_size(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
+    length, num_tokens = config.recipe.sequence_length, manifest.splits["validation"].num_tokens
+    num_samples = max(num_tokens - 1, 0) // length
+    if config.recipe.eval_num_samples > num_samples:
+        allowed = (
+            f"must be at most {num_samples}: the validation split of {config.data.path} has "
+            f"{num_tokens} tokens, so {num_samples} samples of recipe.sequence_length = {length}"
+        )
+        yield Problem("recipe.eval_num_samples", config.recipe.eval_num_samples, allowed)
+
+
+_CHECKS: tuple[Callable[[RunConfig, Manifest], Iterator[Problem]], ...] = (
+    _vocabulary,
+    _train_size,
+    _validation_size,
+)
