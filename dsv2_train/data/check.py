@@ -10,6 +10,7 @@ from dsv2_train.config.sections.base import Absent
 from dsv2_train.data.manifest import (
     DataError,
     Manifest,
+    file_problems,
     how_to_restore,
     read_manifest,
     size_problems,
@@ -17,13 +18,16 @@ from dsv2_train.data.manifest import (
 
 # Rows past the tokenizer's ids are never targets; DeepSeek pads 100,015 to 102,400.
 MAX_PADDING_SHARE = 0.1
+# About a third of a second of SHA-256; the ranks and `dsv2 validate` read larger corpora.
+READ_AT_LAUNCH_BYTES = 256 << 20
 
 
 def check_config(config: RunConfig) -> list[Problem]:
     """What keeps a run from training on its data folder.
 
-    Reads the manifest and file sizes. Fields that are themselves wrong may be absent from `config`:
-    checks that need them are passed over.
+    Reads the manifest, and all files of a corpus of at most READ_AT_LAUNCH_BYTES; of a larger one
+    their sizes alone. Fields that are themselves wrong may be absent from `config`: checks that
+    need them are passed over.
     """
     try:
         path = config.data.path
@@ -36,12 +40,18 @@ def check_config(config: RunConfig) -> list[Problem]:
         return [Problem("data.path", path, str(error))]
     problems = [
         Problem("data.path", path, f"{problem}; {how_to_restore(folder)}")
-        for problem in size_problems(folder, manifest)
+        for problem in _damage(folder, manifest)
     ]
     for check in _CHECKS:
         with contextlib.suppress(Absent):
             problems.extend(check(config, manifest))
     return problems
+
+
+def _damage(folder: Path, manifest: Manifest) -> list[str]:
+    if sum(record.num_bytes for record in manifest.files) > READ_AT_LAUNCH_BYTES:
+        return size_problems(folder, manifest)
+    return file_problems(folder, manifest, max_file_bytes=None)
 
 
 def _vocabulary(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:

@@ -121,6 +121,18 @@ def test_a_truncated_corpus_is_refused(folder: Path, python_without_torch: str) 
     assert "train.bin: found 5 bytes, the manifest says 2000000" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["train.bin", "validation.idx"])
+def test_a_damaged_corpus_of_the_right_size_is_refused(
+    folder: Path, python_without_torch: str, name: str
+) -> None:
+    with (folder / "data/stdlib" / name).open("r+b") as file:
+        file.write(b"\1")
+    done = local_sh(python_without_torch, QUICKSTART)
+    assert done.returncode == 2
+    assert done.stderr.startswith("1 configuration problem:\n  - data.path: found 'data/stdlib'; ")
+    assert f"{name}: found SHA-256" in done.stderr
+
+
 def test_a_path_that_no_folder_can_have_is_one_problem(
     folder: Path, python_without_torch: str
 ) -> None:

@@ -49,6 +49,23 @@ def test_truncated_and_missing_files_are_problems_of_the_config(folder: Path, na
     assert f"{name}: missing" in problem.allowed
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_small_corpora_are_read_and_larger_ones_are_not(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    total = sum((folder / each).stat().st_size for each in NAMES)
+    monkeypatch.setattr(data_check, "READ_AT_LAUNCH_BYTES", total)
+    (problem,) = check_config(config_for(folder))
+    assert problem.path == "data.path"
+    assert f"{name}: found SHA-256" in problem.allowed
+    assert "restore the files, or delete" in problem.allowed
+    monkeypatch.setattr(data_check, "READ_AT_LAUNCH_BYTES", total - 1)
+    assert check_config(config_for(folder)) == []
+
+
 def test_a_missing_folder_says_how_to_make_it(tmp_path: Path) -> None:
     (problem,) = check_config(config_for(tmp_path / "none"))
     assert problem.path == "data.path"
