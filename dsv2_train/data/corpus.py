@@ -126,6 +126,15 @@ def read_text(document: Document, text_field: str) -> str:
     return text
 
 
+def find_fault(document: Document, text_field: str) -> Skipped | None:
+    """Why a document cannot be used, None if it can; reads it as `read_text` does."""
+    try:
+        read_text(document, text_field)
+    except UnusableDocument as error:
+        return error.skipped
+    return None
+
+
 def _json_text(document: Document, line: str, text_field: str) -> str:
     try:
         record = json.loads(line)

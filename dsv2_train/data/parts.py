@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ _AIMED_PARTS = 256
 # megatron.core.datasets.indexed_dataset.DType, and the vocabulary from which it takes int32
 _DTYPE_CODES = {"uint16": 8, "int32": 4}
 _UINT16_LIMIT = 65500
+
+FaultOf = Callable[[Document], Skipped | None]
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,25 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size < _UINT16_LIMIT else "int32"
 
 
-def plan_parts(documents: Sequence[Document], validation_share: float, seed: int) -> list[Part]:
-    """Assign documents to splits by their names alone, shuffle by seed, cut into parts.
+def plan_parts(
+    documents: Sequence[Document], validation_share: float, seed: int, fault_of: FaultOf
+) -> list[Part]:
+    """Assign documents to splits by their names, shuffle by seed, cut into parts.
 
-    Both are by hash, so adding a document moves no other one to the other split.
+    Both are by hash, so adding a document moves no other one to the other split. Where none of the
+    documents of a split has text, it takes more, in the order of their hashes, up to one that has.
+
+    Args:
+        documents: all of them, in any order.
+        validation_share: share of the validation split.
+        seed: seed of the order.
+        fault_of: why a document cannot be used, None if it can; asked of a few of them.
 
     Raises:
-        DataError: fewer than two documents, which cannot be split.
+        DataError: fewer than two documents with text, which cannot be split.
     """
     parts = []
-    for split, members in _split(documents, validation_share).items():
+    for split, members in _split(documents, validation_share, fault_of).items():
         members.sort(key=lambda document: (_hash(document.name, f"order {seed}"), document.name))
         groups = _groups_of_bytes(members)
         parts += [Part(split, index, group) for index, group in enumerate(groups)]
@@ -132,7 +143,7 @@ def merge(parts: Sequence[Part], folder: Path, out: Path, dtype: str) -> Merged:
     """Write `out`/<split>.bin and .idx from the done parts of one split, in order.
 
     Raises:
-        DataError: no part holds a document.
+        DataError: no part holds a document, so files changed since the parts were planned.
     """
     split = parts[0].split
     lengths: list[int] = []
@@ -147,9 +158,7 @@ def merge(parts: Sequence[Part], folder: Path, out: Path, dtype: str) -> Merged:
             with (folder / f"{part.stem}.bin").open("rb") as source:
                 shutil.copyfileobj(source, file, 1 << 20)
     if not lengths:
-        reasons = Counter(entry.reason for entry in skipped)
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        raise DataError(f"--source: the {split} split has no text: its documents are {counts}")
+        raise DataError(f"--source: changed while it was read, the {split} split has no text left")
     write_index(out / f"{split}.idx.tmp", lengths, dtype)
     record = SplitRecord(
         bin=_publish(out / f"{split}.bin"),
@@ -189,19 +198,34 @@ def _publish(path: Path) -> FileRecord:
     return describe_file(path)
 
 
-def _split(documents: Sequence[Document], validation_share: float) -> dict[str, list[Document]]:
-    if len(documents) < 2:
-        raise DataError(
-            f"--source: found 1 document ({documents[0].name}); at least 2 are needed, since a "
-            "document is in the train or the validation split: give several files, or JSONL"
-        )
+def _split(
+    documents: Sequence[Document], validation_share: float, fault_of: FaultOf
+) -> dict[str, list[Document]]:
     ranked = sorted(
         documents, key=lambda document: (_hash(document.name, "validation"), document.name)
     )
+    first, last = _ends_with_text(ranked, fault_of)
     limit = int(validation_share * 2**64)
     count = sum(_hash(document.name, "validation") < limit for document in documents)
-    count = min(max(count, 1), len(documents) - 1)
+    count = min(max(count, first + 1), last)
     return {"train": ranked[count:], "validation": ranked[:count]}
+
+
+def _ends_with_text(ranked: Sequence[Document], fault_of: FaultOf) -> tuple[int, int]:
+    """Index of the first and of the last document with text; reads no further than to these."""
+    indexes = range(len(ranked))
+    first = next((index for index in indexes if fault_of(ranked[index]) is None), None)
+    last = next((index for index in reversed(indexes) if fault_of(ranked[index]) is None), None)
+    if first is None or last is None or first == last:
+        found = "no document" if first is None else "1 document"
+        faults = Counter(fault.reason for document in ranked if (fault := fault_of(document)))
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(faults.items()))
+        raise DataError(
+            f"--source: found {found} with text (not used: {counts or 'none'}); at least 2 are "
+            "needed, since a document is in the train or the validation split: give several "
+            "files, or JSONL"
+        )
+    return first, last
 
 
 def _groups_of_bytes(documents: Sequence[Document]) -> Iterator[tuple[Document, ...]]:

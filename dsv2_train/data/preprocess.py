@@ -1,7 +1,8 @@
 """Source -> data folder: list, train or load a tokenizer, tokenize in parallel, merge, describe.
 
 Work in progress is in `<folder>/parts/`. A run that was killed goes on from the parts that are done
-and ends with the same bytes; the manifest is written last, and then `parts/` is removed.
+and ends with the same bytes; the manifest is written last, and then `parts/` is removed. A run that
+was refused leaves nothing behind that the corrected command would go on from.
 """
 
 import fcntl
@@ -18,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from dsv2_train.data.corpus import (
     Listing,
     Skipped,
     UnusableDocument,
+    find_fault,
     list_documents,
     read_text,
 )
@@ -53,7 +56,11 @@ from dsv2_train.data.tokenizer import (
 TOKENIZER_NAME = "tokenizer.json"
 SKIPPED_NAME = "skipped.jsonl"
 _WORK_NAME = "parts"
-_SUFFIXES = ("bin", "idx")
+_PLAN_NAME = "plan.json"
+_OUTPUT_NAMES = (
+    TOKENIZER_NAME,
+    *(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx")),
+)
 _TOKENIZER_SAMPLE_BYTES = 1 << 29
 
 Report = Callable[[str, int, int], None]
@@ -116,32 +123,47 @@ def prepare(folder: Path, request: Request, num_workers: int, report: Report) ->
     Raises:
         DataError: nothing to train on, a folder made from something else, files changed since, or
             another process is writing the folder.
+        OSError: a file cannot be read or written, or a process was killed; given again, the same
+            request goes on.
     """
     work = folder / _WORK_NAME
-    complete = _find_complete(folder, request)
+    identity = request.identity()
+    complete = _find_complete(folder, identity)
     if complete is not None:
         shutil.rmtree(work, ignore_errors=True)
         return Prepared(complete, is_new=False)
     listing = list_documents(request.sources, request.file_format)
-    planned = part_files.plan_parts(listing.documents, request.validation_share, request.seed)
+    planned = part_files.plan_parts(
+        listing.documents,
+        request.validation_share,
+        request.seed,
+        partial(find_fault, text_field=request.text_field),
+    )
     _refuse_foreign(folder)
     work.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        _claim(folder, request, listing)
-        tokenizer = _tokenizer(folder, request, planned, report)
-        dtype = part_files.token_dtype(tokenizer.vocab_size)
-        encoding = Encoding(
-            folder / TOKENIZER_NAME, tokenizer.bos_id, tokenizer.eos_id, dtype, request.text_field
-        )
-        _tokenize(planned, work, encoding, num_workers, report)
-        merged = {
-            split: part_files.merge([p for p in planned if p.split == split], work, folder, dtype)
-            for split in SPLITS
-        }
+        _claim(folder, identity, listing)
+        with _undone_if_refused(folder):
+            tokenizer = _tokenizer(folder, request, planned, report)
+            dtype = part_files.token_dtype(tokenizer.vocab_size)
+            encoding = Encoding(
+                folder / TOKENIZER_NAME,
+                tokenizer.bos_id,
+                tokenizer.eos_id,
+                dtype,
+                request.text_field,
+            )
+            _tokenize(planned, work, encoding, num_workers, report)
+            merged = {
+                split: part_files.merge(
+                    [part for part in planned if part.split == split], work, folder, dtype
+                )
+                for split in SPLITS
+            }
         skipped = listing.skipped + [entry for each in merged.values() for entry in each.skipped]
         manifest = Manifest(
             source=listing.description,
-            arguments=request.identity(),
+            arguments=identity,
             tokenizer=tokenizer,
             splits={split: each.record for split, each in merged.items()},
             skipped=_write_skipped(folder, skipped),
@@ -151,11 +173,11 @@ def prepare(folder: Path, request: Request, num_workers: int, report: Report) ->
     return Prepared(manifest, is_new=True)
 
 
-def _find_complete(folder: Path, request: Request) -> Manifest | None:
+def _find_complete(folder: Path, identity: dict[str, Any]) -> Manifest | None:
     if not (folder / MANIFEST_NAME).exists():
         return None
     manifest = read_manifest(folder)
-    _refuse_other(folder, manifest.arguments, request.identity())
+    _refuse_other(folder, manifest.arguments, identity)
     if problems := size_problems(folder, manifest):
         raise DataError(f"{'; '.join(problems)}; delete {folder} and run the command again")
     return manifest
@@ -174,10 +196,12 @@ def _refuse_foreign(folder: Path) -> None:
     """Never write over files that this program did not write."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--out {folder}: found a file; give a folder")
-    if (folder / MANIFEST_NAME).exists() or (folder / _WORK_NAME).exists():
+    work = folder / _WORK_NAME
+    if (folder / MANIFEST_NAME).exists() or (work / _PLAN_NAME).exists():
         return
-    names = [TOKENIZER_NAME, *(f"{split}.{suffix}" for split in SPLITS for suffix in _SUFFIXES)]
-    present = [name for name in names if (folder / name).exists()]
+    present = [name for name in _OUTPUT_NAMES if (folder / name).exists()]
+    if any(path.suffix != ".tmp" for path in work.glob("*")):
+        present.append(f"{_WORK_NAME}/")
     if present:
         raise DataError(
             f"--out {folder}: holds {', '.join(present)} but no {MANIFEST_NAME}, so dsv2 prepare "
@@ -198,19 +222,31 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _claim(folder: Path, request: Request, listing: Listing) -> None:
+@contextmanager
+def _undone_if_refused(folder: Path) -> Iterator[None]:
+    """Remove what was written so far if the request turns out to be one that cannot be met."""
+    try:
+        yield
+    except DataError:
+        for name in _OUTPUT_NAMES:
+            (folder / name).unlink(missing_ok=True)
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        shutil.rmtree(folder / _WORK_NAME)
+        raise
+
+
+def _claim(folder: Path, identity: dict[str, Any], listing: Listing) -> None:
     """Record what the folder is made from; refuse to go on with parts made from anything else."""
     digest = hashlib.sha256()
     for document in listing.documents:
         modified_ns = document.path.stat().st_mtime_ns
         line = f"{document.name}\n{document.num_bytes}\n{modified_ns}\n"
         digest.update(line.encode(errors="replace"))
-    arguments = request.identity()
-    plan = {"arguments": arguments, "corpus": digest.hexdigest()}
-    path = folder / _WORK_NAME / "plan.json"
+    plan = {"arguments": identity, "corpus": digest.hexdigest()}
+    path = folder / _WORK_NAME / _PLAN_NAME
     if path.exists():
         found = json.loads(path.read_bytes())
-        _refuse_other(folder, found["arguments"], arguments)
+        _refuse_other(folder, found["arguments"], identity)
         if found["corpus"] != plan["corpus"]:
             raise DataError(
                 f"--out {folder}: the source changed since an interrupted dsv2 prepare; "
@@ -287,9 +323,9 @@ def _run(
             for job in as_completed(jobs):
                 yield job.result()
         except BrokenProcessPool as error:
-            raise DataError(
-                "a tokenizing process was killed, most likely for want of memory; run the command "
-                "again with fewer --workers, it goes on where it stopped"
+            raise ChildProcessError(
+                "a tokenizing process was killed, most likely for want of memory: give fewer "
+                "--workers"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

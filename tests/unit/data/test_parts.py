@@ -1,5 +1,6 @@
 """The plan of parts, and .bin/.idx against megatron-core's own writer and reader."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from dsv2_train.data.corpus import Document
+from dsv2_train.data.corpus import Document, Skipped
 from dsv2_train.data.manifest import DataError
 from dsv2_train.data.parts import plan_parts, token_dtype, write_index
 
@@ -19,10 +20,17 @@ def documents_named(names: list[str], num_bytes: int = 10) -> list[Document]:
     return [Document(name, Path(name), 0, num_bytes, is_json=False) for name in names]
 
 
+def fine(_: Document) -> Skipped | None:
+    return None
+
+
 def planned_names(
-    documents: list[Document], share: float = 0.2, seed: int = 0
+    documents: list[Document],
+    share: float = 0.2,
+    seed: int = 0,
+    fault_of: Callable[[Document], Skipped | None] = fine,
 ) -> dict[str, list[str]]:
-    parts = plan_parts(documents, share, seed)
+    parts = plan_parts(documents, share, seed, fault_of)
     return {
         split: [d.name for part in parts if part.split == split for d in part.documents]
         for split in ("train", "validation")
@@ -59,14 +67,53 @@ def test_the_seed_shuffles_and_does_not_choose_the_split() -> None:
 
 def test_parts_hold_a_mebibyte_or_more() -> None:
     documents = documents_named([f"file{index}" for index in range(100)], num_bytes=100_000)
-    sizes = [part.num_bytes for part in plan_parts(documents, 0.1, 0) if part.split == "train"]
+    sizes = [
+        part.num_bytes for part in plan_parts(documents, 0.1, 0, fine) if part.split == "train"
+    ]
     assert len(sizes) > 5
     assert all(1 << 20 <= size < (1 << 20) + 100_000 for size in sizes[:-1])
 
 
-def test_one_document_cannot_be_split() -> None:
-    with pytest.raises(DataError, match=r"found 1 document .*at least 2"):
-        plan_parts(documents_named(["lonely.txt"]), 0.1, 0)
+@given(names=NAMES, share=st.floats(0.01, 0.5), data=st.data())
+def test_each_split_has_text_whatever_is_unusable(
+    names: list[str], share: float, data: st.DataObject
+) -> None:
+    usable = set(data.draw(st.lists(st.sampled_from(names), min_size=2, unique=True)))
+    asked = []
+
+    def fault_of(document: Document) -> Skipped | None:
+        asked.append(document.name)
+        return None if document.name in usable else Skipped(document.name, "empty", "no text")
+
+    planned = planned_names(documents_named(names), share, fault_of=fault_of)
+    assert sorted(planned["train"] + planned["validation"]) == sorted(names)
+    assert all(usable & set(split) for split in planned.values())
+    as_if_all_were_fine = planned_names(documents_named(names), share)
+    if all(usable & set(split) for split in as_if_all_were_fine.values()):
+        assert planned == as_if_all_were_fine
+    assert len(asked) <= 2 + 2 * (len(names) - len(usable))
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"a": None}, r"found 1 document with text \(not used: none\); at least 2"),
+        ({"a": "empty", "b": None}, r"found 1 document with text \(not used: 1 empty\)"),
+        (
+            {"a": "empty", "b": "binary", "c": "empty"},
+            r"found no document with text \(not used: 1 binary, 2 empty\)",
+        ),
+    ],
+)
+def test_less_than_two_documents_with_text_cannot_be_split(
+    faults: dict[str, str | None], message: str
+) -> None:
+    def fault_of(document: Document) -> Skipped | None:
+        reason = faults[document.name]
+        return None if reason is None else Skipped(document.name, reason, "")
+
+    with pytest.raises(DataError, match=message):
+        plan_parts(documents_named(list(faults)), 0.1, 0, fault_of)
 
 
 @given(vocab_size=st.integers(1, 200_000))

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from dsv2_train.cli.main import main
 from dsv2_train.data import parts
+from dsv2_train.data.corpus import Document, UnusableDocument
 from dsv2_train.data.manifest import read_manifest, verify
 from dsv2_train.data.tokenizer import BOS_TOKEN, EOS_TOKEN
 from tests.helpers.corpus import write_texts
@@ -95,6 +96,46 @@ def test_what_is_not_used_is_counted_and_listed(source: Path, tmp_path: Path) ->
     }
 
 
+def test_unusable_files_do_not_stop_a_good_corpus(tmp_path: Path) -> None:
+    source = tmp_path / "texts"
+    texts = write_texts(source, num_files=6)
+    for index in range(40):
+        (source / f"latin{index}.txt").write_bytes(b"caf\xe9")
+    assert run(source, tmp_path / "out") == 0
+    train, validation = (decoded(tmp_path / "out", split) for split in ("train", "validation"))
+    assert train
+    assert validation
+    assert sorted(train + validation) == sorted(texts.values())
+    assert read_manifest(tmp_path / "out").skipped == {"not UTF-8": 40}
+
+
+def test_the_command_works_once_the_source_is_repaired(tmp_path: Path) -> None:
+    source = tmp_path / "texts"
+    write_texts(source, num_files=1)
+    (source / "bad.txt").write_bytes(b"caf\xe9")
+    assert run(source, tmp_path / "out") == 2
+    (source / "bad.txt").unlink()
+    (source / "good.txt").write_text("a second text")
+    assert run(source, tmp_path / "out") == 0
+
+
+def test_a_refused_command_leaves_nothing_that_a_corrected_one_would_go_on_from(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run(source, out, "--bos-token", "<s>") == 2
+    assert contents(out) == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "read_text", changed_while_it_was_read)
+        assert run(source, out) == 2
+    assert contents(out) == {}
+    assert run(source, out) == 0
+
+
+def changed_while_it_was_read(document: Document, _: str) -> str:
+    raise UnusableDocument(document, "empty", "no text")
+
+
 def test_the_second_run_has_nothing_to_do(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,14 +172,16 @@ def test_a_complete_folder_with_a_truncated_file_is_refused(
     assert "train.bin: found 10 bytes, the manifest says" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["train.bin", "tokenizer.json", "parts/notes.txt"])
 def test_files_that_prepare_did_not_write_are_left_alone(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train.bin").write_text("precious")
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
     assert run(source, tmp_path / "out") == 2
     assert "did not write them" in capsys.readouterr().err
-    assert (tmp_path / "out" / "train.bin").read_text() == "precious"
+    assert path.read_text() == "precious"
 
 
 @pytest.fixture
@@ -248,6 +291,23 @@ def test_an_interrupted_folder_is_not_finished_from_something_else(
     assert run(source, out) == 0
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_a_killed_tokenizing_process_is_no_refusal(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv2_train.data.preprocess._start_worker", die)
+        assert run(source, out, workers=2) == 1
+    assert "give fewer --workers; run the command again to go on" in capsys.readouterr().err
+    assert (out / "parts").exists()
+    assert run(source, out) == 0
+
+
+def die() -> None:
+    os._exit(1)
+
+
 def test_two_prepares_do_not_write_one_folder(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,7 +335,10 @@ def test_an_existing_tokenizer_is_copied_and_used(source: Path, tmp_path: Path) 
         (["--source", "{source}"], "--out: required with a --source of your own"),
         (["--source", "{source}/none", "--out", "{out}"], "none: no such file or folder"),
         (["--source", "{source}/.git", "--out", "{out}"], "found no document in"),
-        (["--source", "{source}/empty", "--out", "{out}"], "split has no text: its documents are"),
+        (
+            ["--source", "{source}/empty", "--out", "{out}"],
+            "found no document with text (not used: 2 empty); at least 2",
+        ),
         (
             ["--out", "{out}", "--vocab-size", "257"],
             "--vocab-size: found 257; must be at least 258",
