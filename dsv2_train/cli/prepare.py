@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from dsv2_train.data.corpus import FORMATS, STDLIB
 from dsv2_train.data.manifest import DataError, Manifest
+from dsv2_train.data.parts import read_lengths
 from dsv2_train.data.preprocess import SKIPPED_NAME, Request, prepare
 from dsv2_train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MIN_VOCAB_SIZE
 
@@ -140,9 +141,10 @@ def _request(args: argparse.Namespace) -> Request:
 
 def _print_contents(folder: Path, manifest: Manifest) -> None:
     for name, split in manifest.splits.items():
+        longest = read_lengths(folder, split).max(initial=0)
         print(
             f"  {name:<12}{split.num_documents:>12,} documents {split.num_tokens:>16,} tokens"
-            f"  {split.text_bytes / 1e6:,.2f} MB of text"
+            f"  {split.text_bytes / 1e6:,.2f} MB of text, longest document {longest:,} tokens"
         )
     train = manifest.splits["train"]
     rows = manifest.tokenizer.vocab_size
@@ -152,3 +154,6 @@ def _print_contents(folder: Path, manifest: Manifest) -> None:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items())
         print(f"  {'not used':<12}{counts} (listed in {folder / SKIPPED_NAME})")
     print(f"Train on it with: data.path={folder} model.vocab_size={rows}")
+    print(
+        "The same words to `dsv2 validate` tell how many samples that makes, and what is left over"
+    )

@@ -15,7 +15,7 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -87,8 +87,10 @@ def list_documents(sources: Sequence[str], file_format: Format) -> Listing:
     skipped: list[Skipped] = []
     for source in sources:
         prefix = f"{Path(source).name}/" if len(sources) > 1 else ""
-        for path, name in _files_of(source, file_format, skipped):
-            documents += _documents_of(path, prefix + name, file_format)
+        unused: list[Skipped] = []
+        for path, name in _files_of(source, file_format, unused):
+            documents += _documents_of(path, prefix + name, file_format, skipped)
+        skipped += [replace(entry, name=prefix + entry.name) for entry in unused]
     if not documents:
         left_out = f" ({len(skipped)} skipped, the first: {skipped[0].name})" if skipped else ""
         raise DataError(
@@ -167,14 +169,21 @@ def _files_of(
     elif root.is_dir():
         suffix = {"text": ".txt", "jsonl": ".jsonl"}.get(file_format, "")
         for path in _walk(root, skipped):
-            if path.name.endswith(suffix):
-                yield path, path.relative_to(root).as_posix()
+            name = path.relative_to(root).as_posix()
+            if name.endswith(suffix):
+                yield path, name
+            else:
+                skipped.append(Skipped(name, "other suffix", f"a name without {suffix}"))
     else:
         raise DataError(f"--source {source}: no such file or folder (or give {STDLIB!r})")
 
 
 def _walk(root: Path, skipped: list[Skipped]) -> Iterator[Path]:
-    for folder, folder_names, file_names in os.walk(root):
+    def skip(error: OSError) -> None:
+        name = Path(error.filename).relative_to(root).as_posix()
+        skipped.append(Skipped(name, "unreadable folder", str(error.strerror)))
+
+    for folder, folder_names, file_names in os.walk(root, onerror=skip):
         kept_folders = []
         for name in sorted(folder_names + file_names):
             path = Path(folder, name)
@@ -201,7 +210,9 @@ def _stdlib_files() -> Iterator[tuple[Path, str]]:
                 yield path, path.relative_to(root).as_posix()
 
 
-def _documents_of(path: Path, name: str, file_format: Format) -> Iterator[Document]:
+def _documents_of(
+    path: Path, name: str, file_format: Format, skipped: list[Skipped]
+) -> Iterator[Document]:
     is_jsonl = file_format == "jsonl" or (file_format == "auto" and path.suffix == ".jsonl")
     if not is_jsonl:
         yield Document(name, path, 0, path.stat().st_size, is_json=False)
@@ -211,4 +222,6 @@ def _documents_of(path: Path, name: str, file_format: Format) -> Iterator[Docume
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield Document(f"{name}:{number}", path, offset, len(line), is_json=True)
+            else:
+                skipped.append(Skipped(f"{name}:{number}", "blank line", "white space alone"))
             offset += len(line)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dsv2_train.data.corpus import Document, Skipped, UnusableDocument, read_text
 from dsv2_train.data.manifest import DataError, FileRecord, SplitRecord, describe_file
@@ -29,6 +30,8 @@ _AIMED_PARTS = 256
 # megatron.core.datasets.indexed_dataset.DType, and the vocabulary from which it takes int32
 _DTYPE_CODES = {"uint16": 8, "int32": 4}
 _UINT16_LIMIT = 65500
+# Magic (9), version (8), type (1), number of sequences (8), of document boundaries (8)
+_INDEX_HEADER_BYTES = 34
 
 FaultOf = Callable[[Document], Skipped | None]
 
@@ -188,6 +191,12 @@ def write_index(path: Path, lengths: Sequence[int], dtype: str) -> None:
         file.write(sizes.tobytes())
         file.write((starts * np.dtype(dtype).itemsize).tobytes())
         file.write(np.arange(sizes.size + 1, dtype=np.int64).tobytes())
+
+
+def read_lengths(folder: Path, split: SplitRecord) -> npt.NDArray[np.int32]:
+    """Tokens of each document of a split, [num_documents], mapped from its .idx."""
+    lengths = np.memmap(folder / split.idx.name, np.int32, mode="r", offset=_INDEX_HEADER_BYTES)
+    return lengths[: split.num_documents]
 
 
 def _publish(path: Path) -> FileRecord:

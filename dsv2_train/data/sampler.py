@@ -24,6 +24,12 @@ def num_windows(num_tokens: int, sequence_length: int) -> int:
     return max(num_tokens - 1, 0) // sequence_length
 
 
+def num_unused_tokens(num_tokens: int, sequence_length: int) -> int:
+    """Tokens at the end of a stream that are in no window: all of one shorter than a window."""
+    windows = num_windows(num_tokens, sequence_length)
+    return num_tokens - (windows * sequence_length + 1) if windows else num_tokens
+
+
 def step_samples(
     consumed_samples: int,
     *,

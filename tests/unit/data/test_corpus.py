@@ -3,12 +3,14 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsv2_train.data.corpus import (
     Document,
     Format,
+    Skipped,
     UnusableDocument,
     list_documents,
     read_text,
@@ -49,19 +51,34 @@ FILES = {
 
 
 @pytest.mark.parametrize(
-    ("file_format", "expected"),
+    ("file_format", "expected", "blank", "others"),
     [
-        ("tree", ["a.txt", "lines.jsonl", "src/b.py", "src/deep/c.txt"]),
-        ("text", ["a.txt", "src/deep/c.txt"]),
-        ("jsonl", ["lines.jsonl:1", "lines.jsonl:3"]),
-        ("auto", ["a.txt", "lines.jsonl:1", "lines.jsonl:3", "src/b.py", "src/deep/c.txt"]),
+        ("tree", ["a.txt", "lines.jsonl", "src/b.py", "src/deep/c.txt"], [], []),
+        ("text", ["a.txt", "src/deep/c.txt"], [], ["lines.jsonl", "src/b.py"]),
+        (
+            "jsonl",
+            ["lines.jsonl:1", "lines.jsonl:3"],
+            ["lines.jsonl:2"],
+            ["a.txt", "src/b.py", "src/deep/c.txt"],
+        ),
+        (
+            "auto",
+            ["a.txt", "lines.jsonl:1", "lines.jsonl:3", "src/b.py", "src/deep/c.txt"],
+            ["lines.jsonl:2"],
+            [],
+        ),
     ],
 )
-def test_each_format_finds_its_documents(
-    tmp_path: Path, file_format: Format, expected: list[str]
+def test_each_format_finds_its_documents_and_lists_the_rest(
+    tmp_path: Path, file_format: Format, expected: list[str], blank: list[str], others: list[str]
 ) -> None:
     source = write(tmp_path, FILES)
     assert names(source, file_format) == expected
+    assert sorted(
+        (entry.name, entry.reason) for entry in list_documents([source], file_format).skipped
+    ) == sorted(
+        [(name, "blank line") for name in blank] + [(name, "other suffix") for name in others]
+    )
 
 
 def test_jsonl_lines_are_read_from_their_place(tmp_path: Path) -> None:
@@ -76,8 +93,11 @@ def test_jsonl_lines_are_read_from_their_place(tmp_path: Path) -> None:
 
 
 def test_several_sources_keep_their_names_apart(tmp_path: Path) -> None:
-    sources = [write(tmp_path / name, {"a.txt": name.encode()}) for name in ("x", "y")]
-    documents = list_documents(sources, "tree").documents
+    files = [{"a.txt": name, ".hidden": b""} for name in (b"x", b"y")]
+    sources = [write(tmp_path / each["a.txt"].decode(), each) for each in files]
+    listing = list_documents(sources, "tree")
+    documents = listing.documents
+    assert [entry.name for entry in listing.skipped] == ["x/.hidden", "y/.hidden"]
     assert [document.name for document in documents] == ["x/a.txt", "y/a.txt"]
     assert [read_text(document, "text") for document in documents] == ["x", "y"]
 
@@ -140,6 +160,27 @@ def test_hidden_files_links_and_pipes_are_listed_as_skipped(tmp_path: Path) -> N
         ("src/.env", "hidden"),
         ("src/__pycache__", "hidden"),
     ]
+
+
+def test_a_folder_that_cannot_be_read_is_listed_as_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path, FILES)
+    original = os.scandir
+
+    def refuse(path: str) -> Any:
+        if path.endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    listing = list_documents([source], "tree")
+    assert sorted(document.name for document in listing.documents) == [
+        "a.txt",
+        "lines.jsonl",
+        "src/b.py",
+    ]
+    assert listing.skipped == [Skipped("src/deep", "unreadable folder", "Permission denied")]
 
 
 def test_the_standard_library_comes_without_its_tests() -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from dsv2_train.data.corpus import Document, Skipped
-from dsv2_train.data.manifest import DataError
-from dsv2_train.data.parts import plan_parts, token_dtype, write_index
+from dsv2_train.data.manifest import DataError, FileRecord, SplitRecord
+from dsv2_train.data.parts import plan_parts, read_lengths, token_dtype, write_index
 
 NAMES = st.lists(st.text("abc/.", min_size=1), min_size=2, max_size=60, unique=True)
 
@@ -134,6 +134,9 @@ def test_files_are_those_of_megatrons_builder(tmp_path: Path, dtype: str) -> Non
     for suffix in ("bin", "idx"):
         ours = (tmp_path / f"ours.{suffix}").read_bytes()
         assert ours == (tmp_path / f"theirs.{suffix}").read_bytes()
+    files = [FileRecord(f"ours.{suffix}", 0, "") for suffix in ("bin", "idx")]
+    record = SplitRecord(files[0], files[1], dtype, len(documents), 0, 0)
+    assert read_lengths(tmp_path, record).tolist() == [3, 1, 5000, 7]
     read = IndexedDataset(str(tmp_path / "ours"))
     assert len(read) == len(documents)
     for found, expected in zip(read, documents, strict=True):

@@ -72,16 +72,19 @@ def test_the_folder_holds_the_texts(source: Path, tmp_path: Path) -> None:
         assert stream.max() < manifest.tokenizer.vocab_size
 
 
-def test_what_is_not_used_is_counted_and_listed(source: Path, tmp_path: Path) -> None:
+def test_what_is_not_used_is_counted_and_listed(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (source / "empty.txt").touch()
     (source / "latin.txt").write_bytes(b"caf\xe9")
     (source / "image.png").write_bytes(b"\x89PNG\r\n\0")
     (source / "nul.txt").write_bytes(b"a\0b")
-    (source / "lines.jsonl").write_text('{"text": "fine"}\n{"no": 1}\n')
+    (source / "lines.jsonl").write_text('{"text": "fine"}\n{"no": 1}\n \n')
     assert run(source, tmp_path / "out") == 0
     manifest = read_manifest(tmp_path / "out")
     assert manifest.skipped == {
         "binary": 1,
+        "blank line": 1,
         "empty": 1,
         "no string field 'text'": 1,
         "not UTF-8": 2,
@@ -93,7 +96,9 @@ def test_what_is_not_used_is_counted_and_listed(source: Path, tmp_path: Path) ->
         "image.png",
         "nul.txt",
         "lines.jsonl:2",
+        "lines.jsonl:3",
     }
+    assert "1 binary, 1 blank line, 1 empty, " in capsys.readouterr().out
 
 
 def test_unusable_files_do_not_stop_a_good_corpus(tmp_path: Path) -> None:
@@ -368,11 +373,20 @@ def test_bad_arguments_end_with_2_and_one_line(
     assert message in line
 
 
-def test_a_document_longer_than_any_sequence_is_whole(tmp_path: Path) -> None:
-    source = tmp_path / "texts"
+def test_a_document_longer_than_any_sequence_is_whole_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "texts", tmp_path / "out"
     texts = write_texts(source, num_files=4)
     texts["long.txt"] = "one long document with no end " * 20_000
     (source / "long.txt").write_text(texts["long.txt"])
-    assert run(source, tmp_path / "out") == 0
-    found = [text for split in ("train", "validation") for text in decoded(tmp_path / "out", split)]
+    assert run(source, out) == 0
+    found = [text for split in ("train", "validation") for text in decoded(out, split)]
     assert sorted(found) == sorted(texts.values())
+    dataset = IndexedDataset(str(out / "train"))
+    longest = max(dataset.sequence_lengths)
+    assert longest > 20_000
+    told = capsys.readouterr().out
+    assert f"longest document {longest:,} tokens" in told
+    assert run(source, out) == 0
+    assert f"longest document {longest:,} tokens" in capsys.readouterr().out

@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2_train.data.sampler import num_windows, sample_windows, step_samples
+from dsv2_train.data.sampler import (
+    num_unused_tokens,
+    num_windows,
+    sample_windows,
+    step_samples,
+)
 
 SEEDS = st.integers(0, 2**70)
 SIZES = st.integers(1, 700)
@@ -130,3 +135,13 @@ def test_a_step_consumes_the_same_samples_at_any_dp_size(
 )
 def test_a_window_needs_one_token_more_than_its_length(num_tokens: int, expected: int) -> None:
     assert num_windows(num_tokens, 8) == expected
+
+
+@given(num_tokens=st.integers(0, 100), length=st.integers(1, 30))
+def test_tokens_are_in_a_window_or_counted_as_unused(num_tokens: int, length: int) -> None:
+    used = {
+        window * length + place
+        for window in range(num_windows(num_tokens, length))
+        for place in range(length + 1)
+    }
+    assert used == set(range(num_tokens - num_unused_tokens(num_tokens, length)))
