@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dsv2_train.config.problems import ConfigError
+from dsv2_train.data.manifest import DataError
 
 VERBS = {
     "prepare": "turn text into a data folder: tokenizer, .bin/.idx, manifest",
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the verb and what is for it; the command line's if None.
 
     Returns:
-        Exit status: 0 done, 2 for a configuration error, 1 otherwise.
+        Exit status: 0 done, 2 for a configuration or data that cannot be used, 1 otherwise.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     verb, rest = words[:1], words[1:]
@@ -38,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report_errors(run: Callable[[], int]) -> int:
     """Call `run` and turn what ends it early into an exit status and a line for people.
 
-    A ConfigError is printed without a traceback; any other error keeps its traceback.
+    A ConfigError or DataError is printed without a traceback; any other error keeps its traceback.
     """
     try:
         return run()
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG_ERROR
     except KeyboardInterrupt:

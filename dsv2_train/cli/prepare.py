@@ -3,13 +3,16 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from dsv2_train.cli.main import EXIT_FAILED
+from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.data.corpus import FORMATS, STDLIB
-from dsv2_train.data.manifest import DataError, Manifest
+from dsv2_train.data.manifest import Manifest
 from dsv2_train.data.parts import read_lengths
 from dsv2_train.data.preprocess import SKIPPED_NAME, Request, prepare
 from dsv2_train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MIN_VOCAB_SIZE
@@ -55,22 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry the verb out; exit status 0, or 2 for arguments or a corpus that cannot be used."""
-    problems = _problems(args)
-    if problems:
-        for problem in problems:
-            print(f"dsv2 prepare: {problem}", file=sys.stderr)
-        return 2
+    """Carry the verb out; exit status 0, or 1 where the same command, given again, goes on.
+
+    Raises:
+        ConfigError: with every argument that cannot be used.
+        DataError: the corpus or the folder cannot be used.
+    """
+    if problems := list(_problems(args)):
+        raise ConfigError(problems)
     folder = args.out or Path(STDLIB_FOLDER)
     try:
         with _ProgressBars() as bars:
             prepared = prepare(folder, _request(args), args.workers, bars.report)
-    except DataError as error:
-        print(f"dsv2 prepare: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"dsv2 prepare: {error}; run the command again to go on", file=sys.stderr)
-        return 1
+        return EXIT_FAILED
     print(f"{folder}: {'written' if prepared.is_new else 'complete already, nothing to do'}")
     _print_contents(folder, prepared.manifest)
     return 0
@@ -98,30 +100,22 @@ class _ProgressBars:
         self._progress.update(self._tasks[stage], completed=done)
 
 
-def _problems(args: argparse.Namespace) -> list[str]:
-    problems = []
+def _problems(args: argparse.Namespace) -> Iterator[Problem]:
     if args.out is None and args.source != [STDLIB]:
-        problems.append("--out: required with a --source of your own")
+        yield Problem("--out", None, "required with a --source of your own")
     if args.tokenizer is not None and args.vocab_size is not None:
-        problems.append(
-            f"--vocab-size: found {args.vocab_size} together with --tokenizer, which brings its "
-            "own; give one of the two"
-        )
+        allowed = "--tokenizer brings its own; give one of the two"
+        yield Problem("--vocab-size", args.vocab_size, allowed)
     if args.vocab_size is not None and args.vocab_size < MIN_VOCAB_SIZE:
-        problems.append(
-            f"--vocab-size: found {args.vocab_size}; must be at least {MIN_VOCAB_SIZE}: "
-            "the bytes, begin and end of sentence"
-        )
+        allowed = f"must be at least {MIN_VOCAB_SIZE}: the bytes, begin and end of sentence"
+        yield Problem("--vocab-size", args.vocab_size, allowed)
     if not 0 < args.validation_share <= _MAX_VALIDATION_SHARE:
-        problems.append(
-            f"--validation-share: found {args.validation_share}; "
-            f"must be above 0 and at most {_MAX_VALIDATION_SHARE}"
-        )
+        allowed = f"must be above 0 and at most {_MAX_VALIDATION_SHARE}"
+        yield Problem("--validation-share", args.validation_share, allowed)
     if args.seed < 0:
-        problems.append(f"--seed: found {args.seed}; must not be negative")
+        yield Problem("--seed", args.seed, "must not be negative")
     if args.workers < 1:
-        problems.append(f"--workers: found {args.workers}; must be at least 1")
-    return problems
+        yield Problem("--workers", args.workers, "must be at least 1")
 
 
 def _request(args: argparse.Namespace) -> Request:

@@ -6,6 +6,7 @@ import pytest
 
 from dsv2_train.cli import main as cli
 from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.data.manifest import DataError
 
 DSV2 = [sys.executable, "-m", "dsv2_train.cli.main"]
 
@@ -18,6 +19,14 @@ def test_config_error_is_two_lines_and_no_traceback(capsys: pytest.CaptureFixtur
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err == "1 configuration problem:\n  - optim.lr: found -1; must be positive\n"
+
+
+def test_data_error_is_its_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        raise DataError("data/mine: no such folder")
+
+    assert cli.report_errors(run) == 2
+    assert capsys.readouterr().err == "data/mine: no such folder\n"
 
 
 def test_interruption_is_one_word(capsys: pytest.CaptureFixture[str]) -> None:

@@ -334,45 +334,6 @@ def test_an_existing_tokenizer_is_copied_and_used(source: Path, tmp_path: Path) 
     assert all(first[name] == second[name] for name in first if name != "manifest.json")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--source", "{source}"], "--out: required with a --source of your own"),
-        (["--source", "{source}/none", "--out", "{out}"], "none: no such file or folder"),
-        (["--source", "{source}/.git", "--out", "{out}"], "found no document in"),
-        (
-            ["--source", "{source}/empty", "--out", "{out}"],
-            "found no document with text (not used: 2 empty); at least 2",
-        ),
-        (
-            ["--out", "{out}", "--vocab-size", "257"],
-            "--vocab-size: found 257; must be at least 258",
-        ),
-        (["--out", "{out}", "--validation-share", "0.6"], "--validation-share: found 0.6; must be"),
-        (["--out", "{out}", "--seed", "-1"], "--seed: found -1; must not be negative"),
-        (["--out", "{out}", "--workers", "0"], "--workers: found 0; must be at least 1"),
-        (["--out", "{out}", "--vocab-size", "300", "--tokenizer", "t"], "give one of the two"),
-        (["--out", "{out}", "--tokenizer", "{out}/t.json"], "t.json: no such file"),
-        (["--out", "{source}/d0/file0.txt"], "found a file; give a folder"),
-    ],
-)
-def test_bad_arguments_end_with_2_and_one_line(
-    source: Path,
-    tmp_path: Path,
-    words: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (source / ".git").mkdir()
-    (source / "empty").mkdir()
-    (source / "empty" / "a.txt").touch()
-    (source / "empty" / "b.txt").touch()
-    filled = [word.format(source=source, out=tmp_path / "out") for word in words]
-    assert main(["prepare", *filled]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dsv2")]
-    assert message in line
-
-
 def test_a_document_longer_than_any_sequence_is_whole_and_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
