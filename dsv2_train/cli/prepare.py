@@ -148,6 +148,4 @@ def _print_contents(folder: Path, manifest: Manifest) -> None:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items())
         print(f"  {'not used':<12}{counts} (listed in {folder / SKIPPED_NAME})")
     print(f"Train on it with: data.path={folder} model.vocab_size={rows}")
-    print(
-        "The same words to `dsv2 validate` tell how many samples that makes, and what is left over"
-    )
+    print("Samples and unused tokens depend on recipe.sequence_length: dsv2 validate tells them")

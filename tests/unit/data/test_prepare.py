@@ -349,5 +349,6 @@ def test_a_document_longer_than_any_sequence_is_whole_and_told(
     assert longest > 20_000
     told = capsys.readouterr().out
     assert f"longest document {longest:,} tokens" in told
+    assert "unused tokens depend on recipe.sequence_length: dsv2 validate tells them" in told
     assert run(source, out) == 0
     assert f"longest document {longest:,} tokens" in capsys.readouterr().out
