@@ -7,6 +7,7 @@ import pytest
 from dsv2_train.cli.main import main
 from dsv2_train.cli.resolve import examine
 from dsv2_train.config import packages
+from tests.helpers.corpus import synthetic_folder
 from tests.unit.cli.folders import write_data_folder
 
 TE = ("parallel.linear=te", "parallel.norm=te", "parallel.attention=te")
@@ -63,8 +64,10 @@ def test_a_plan_needs_neither_data_nor_packages() -> None:
 @pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.parametrize("override", ["recipe.precision=fp64", "optim.adam=apex", TE[0]])
 def test_validate_refuses_what_the_launcher_refuses(
-    override: str, capsys: pytest.CaptureFixture[str]
+    override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["validate", "experiment=quickstart"]) == 0
-    assert main(["validate", "experiment=quickstart", override]) == 2
+    folder = synthetic_folder(tmp_path / "whole", vocab_size=4096)
+    line = ["validate", "experiment=quickstart", f"data.path={folder}"]
+    assert main(line) == 0
+    assert main([*line, override]) == 2
     assert capsys.readouterr().err.startswith("1 configuration problem:\n  - ")
