@@ -37,10 +37,10 @@ class RecipeConfig(Section):
     warmup_steps: NonNegativeInt
     decay_factor: PositiveFloat
     decay_at: Annotated[tuple[Share, ...], Field(strict=False)]
-    expert_balance_alpha: NonNegativeFloat = 0.0
-    device_balance_alpha: NonNegativeFloat = 0.0
-    communication_balance_alpha: NonNegativeFloat = 0.0
-    capacity_factor: PositiveFloat | None = None
+    expert_balance_alpha: NonNegativeFloat
+    device_balance_alpha: NonNegativeFloat
+    communication_balance_alpha: NonNegativeFloat
+    capacity_factor: PositiveFloat | None
     capacity_scope: Literal["ep_group", "rank"] = "ep_group"
     exempt_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     precision: Literal["bf16", "fp32", "fp64"]

@@ -66,7 +66,7 @@ def test_a_plan_needs_neither_data_nor_packages() -> None:
 def test_validate_refuses_what_the_launcher_refuses(
     override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = synthetic_folder(tmp_path / "whole", vocab_size=4096)
+    folder = synthetic_folder(tmp_path / "whole", vocab_size=4096, validation_tokens=20_000)
     line = ["validate", "experiment=quickstart", f"data.path={folder}"]
     assert main(line) == 0
     assert main([*line, override]) == 2
