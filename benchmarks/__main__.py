@@ -134,7 +134,7 @@ def _exchange(repeats: int) -> None:
     times, how_many = time_passes(repeats)
     print(f"\nforward and backward, EP {TIMED_EP} over gloo, {TIMED_TOKENS} tokens a rank")
     for name, one in times.items():
-        print(f"{name:16}  {one.best:.3f} / {one.median:.3f} s (best / median)")
+        print(f"{name:32}{one.best:.3f} / {one.median:.3f} s (best / median)")
     print(f"megatron-core's time over ours: {report.show(how_many)}")
     result = {"received": counted, "share": share, "seconds": times, "of_ours": how_many}
     print(f"\nwritten: {report.write('exchange', result)}")

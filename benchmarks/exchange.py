@@ -9,6 +9,7 @@ budget that drops nothing, so that both move the same assignments).
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,12 +115,9 @@ def _contenders(
     theirs = MoEAlltoAllTokenDispatcher(
         per_rank, list(range(first, first + per_rank)), transformer, groups
     )
-    capacity = DeviceCapacity(_NOTHING_DROPS, config.model.num_device_groups, groups.ep)
 
     def ours() -> Dispatch:
-        exempt = torch.zeros(1, dtype=torch.bool)
-        kept = capacity.surviving(tokens.affinities.unsqueeze(1), tokens.experts, exempt)
-        routed = routing_map(tokens.experts, config.model.num_routed_experts, kept)
+        routed = _decide(config, groups, tokens)
         hidden = tokens.hidden.flatten(0, 1)
         return ExpertParallelDispatch(hidden, tokens.gates, routed, groups.ep)
 
@@ -129,6 +127,14 @@ def _contenders(
             tokens.hidden, tokens.gates, tokens.routed, theirs
         ),
     }
+
+
+def _decide(config: RunConfig, groups: ProcessGroupCollection, tokens: _Tokens) -> Tensor:
+    """[T, E] bool: the capacity decision, with a budget for everything."""
+    capacity = DeviceCapacity(_NOTHING_DROPS, config.model.num_device_groups, groups.ep)
+    exempt = torch.zeros(1, dtype=torch.bool)
+    kept = capacity.surviving(tokens.affinities.unsqueeze(1), tokens.experts, exempt)
+    return routing_map(tokens.experts, config.model.num_routed_experts, kept)
 
 
 def _forward(start: Callable[[], Dispatch]) -> Tensor:
@@ -159,17 +165,26 @@ def _counted(
 def _timed(
     groups: ProcessGroupCollection, config: RunConfig, num_tokens: int, repeats: int
 ) -> dict[str, Times]:
-    contenders = _contenders(config, groups, _Tokens(config, groups.ep.rank(), num_tokens))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    tokens = _Tokens(config, groups.ep.rank(), num_tokens)
+    timed: dict[str, Callable[[], object]] = {
+        name: partial(_there_and_back, start)
+        for name, start in _contenders(config, groups, tokens).items()
+    }
+    timed["of ours, the capacity decision"] = partial(_decide, config, groups, tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     for repeat in range(repeats + 1):
-        for name in sorted(contenders, reverse=repeat % 2 == 1):
+        for name in sorted(timed, reverse=repeat % 2 == 1):
             dist.barrier(groups.ep)
             start_s = time.perf_counter()
-            output = _forward(contenders[name])
-            output.backward(torch.ones_like(output))
+            timed[name]()
             dist.barrier(groups.ep)
             seconds[name].append(time.perf_counter() - start_s)
     return {name: Times(tuple(measured[1:])) for name, measured in seconds.items()}
+
+
+def _there_and_back(start: Callable[[], Dispatch]) -> None:
+    output = _forward(start)
+    output.backward(torch.ones_like(output))
 
 
 class _Counter(TorchDispatchMode):
