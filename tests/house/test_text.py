@@ -31,7 +31,8 @@ def text_files() -> Iterator[Path]:
     folders = [ROOT / folder for folder in TEXT_FOLDERS]
     files = [path for folder in folders for path in sorted(folder.rglob("*"))]
     for path in [*files, *sorted(ROOT.glob("*"))]:
-        if path.is_file() and path.suffix in TEXT_SUFFIXES and "__pycache__" not in path.parts:
+        ours = not {"__pycache__", "results"} & set(path.parts)
+        if path.is_file() and path.suffix in TEXT_SUFFIXES and ours:
             yield path
 
 
