@@ -1,1 +1,1 @@
-"""Our training step beside other people's, on one CPU thread: `python -m benchmarks`."""
+"""Benchmarks: ours beside other people's, on a CPU."""

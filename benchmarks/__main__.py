@@ -1,4 +1,4 @@
-"""Measure everything: full steps, growth with the number of experts, single ops."""
+"""Measure: steps, growth with experts, ops; the exchange, dropping, balance in training."""
 
 import argparse
 import functools
@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import report
-from benchmarks.balance import LAST_STEPS, draw, outcome, train_all
+from benchmarks.balance import draw, outcome, train_all
 from benchmarks.dropping import BIAS_STDS, dropped_shares
 from benchmarks.exchange import (
     COUNTED_EP,
@@ -23,7 +23,6 @@ from benchmarks.limits import limits
 from benchmarks.ops import compare_ops
 from benchmarks.ranks import quiet
 from benchmarks.step import compare
-from benchmarks.timing import Ratio
 from benchmarks.workload import workload
 from dsv2_train.distributed import cpu_ranks
 from dsv2_train.distributed import groups as process_groups
@@ -98,45 +97,24 @@ def _scaling(repeats: int) -> None:
         times = compare(num_experts, SEQUENCE_LENGTH, peers, groups, repeats)
         for name, one in times.items():
             best.setdefault(name, {})[num_experts] = one.forward_backward.best
-    print("\nforward and backward as experts are added, s (best run)")
-    for name, by_experts in best.items():
-        cells = "".join(f"  E={count}: {seconds:.3f}" for count, seconds in by_experts.items())
-        print(f"{name:20}{cells}  growth {by_experts[NUM_EXPERTS] / by_experts[32]:.2f}x")
+    report.print_scaling(best)
     print(f"\nwritten: {report.write('scaling', {'forward_backward_s': best})}")
 
 
 def _ops(repeats: int) -> None:
     _one_rank()
-    ratios: dict[str, Ratio] = compare_ops(2 * repeats)
-    print("\nforward and backward of one op: torch's way, of ours")
-    for name, one in ratios.items():
-        print(f"  {name:44}{report.show(one):>24}")
+    ratios = compare_ops(2 * repeats)
+    report.print_ops(ratios)
     print(f"\nwritten: {report.write('ops', {'of_ours': ratios})}")
 
 
 def _exchange(repeats: int) -> None:
     """Bytes and time of moving tokens to their experts and back, at DeepSeek-V2's sizes."""
     counted = count_bytes()
-    print(
-        f"\nbytes received from other ranks, EP {COUNTED_EP}, {COUNTED_TOKENS} tokens a rank, "
-        "one layer, MB over all ranks"
-    )
-    totals = {}
-    for name, passes in counted.items():
-        totals[name] = sum(one.total for one in passes.values())
-        cells = "".join(
-            f"  {part}: {one.rows / 1e6:.1f} + {one.other / 1e6:.2f}"
-            for part, one in passes.items()
-        )
-        print(f"{name:16}{cells}  (rows + counts, gate values, keys)")
-    share = totals["dsv2_train"] / totals["megatron-core"]
-    print(f"ours / megatron-core's: {share:.3f}")
-    times, how_many = time_passes(repeats)
-    print(f"\nforward and backward, EP {TIMED_EP} over gloo, {TIMED_TOKENS} tokens a rank")
-    for name, one in times.items():
-        print(f"{name:32}{one.best:.3f} / {one.median:.3f} s (best / median)")
-    print(f"megatron-core's time over ours: {report.show(how_many)}")
-    result = {"received": counted, "share": share, "seconds": times, "of_ours": how_many}
+    share = report.print_bytes(counted, f"EP {COUNTED_EP}, {COUNTED_TOKENS} tokens a rank")
+    times, of_ours = time_passes(2 * repeats)
+    report.print_passes(times, of_ours, f"EP {TIMED_EP} over gloo, {TIMED_TOKENS} tokens a rank")
+    result = {"received": counted, "share": share, "seconds": times, "of_ours": of_ours}
     print(f"\nwritten: {report.write('exchange', result)}")
 
 
@@ -144,15 +122,7 @@ def _dropping(repeats: int) -> None:
     """Shares of assignments dropped at capacity 1.0; nothing is timed."""
     del repeats
     shares = {str(std): dropped_shares(std) for std in BIAS_STDS}
-    print(
-        "\nassignments dropped at capacity 1.0, 160 experts, D 8, M 3, K 6, 8 ranks x 4,096 tokens"
-    )
-    print(
-        f"{'bias of experts':>16}{'per device':>14}{'by rank alone':>16}{'per expert (mcore)':>20}"
-    )
-    for std, one in shares.items():
-        cells = f"{one.device:14.1%}{one.device_by_rank:16.1%}{one.expert_by_rank:20.1%}"
-        print(f"{std:>16}{cells}")
+    report.print_dropped(shares)
     print(f"\nwritten: {report.write('dropping', {'dropped': shares})}")
 
 
@@ -161,11 +131,7 @@ def _balance(repeats: int) -> None:
     del repeats
     runs = train_all(report.RESULTS / "balance_runs")
     outcomes = {name: outcome(rows) for name, rows in runs.items()}
-    print(f"\nquickstart, busiest / mean: means over layers and the last {LAST_STEPS} steps")
-    print(f"{'':26}{'device load':>12}{'expert load':>12}{'dropped':>9}{'eval loss':>11}")
-    for name, one in outcomes.items():
-        cells = f"{one.device_load:12.3f}{one.expert_load:12.3f}{one.dropped_share:9.1%}"
-        print(f"{name:26}{cells}{one.validation_loss:11.3f}")
+    report.print_outcomes(outcomes)
     picture = report.RESULTS / "balance.png"
     draw(runs, picture)
     print(f"\nwritten: {report.write('balance', {'outcomes': outcomes})}, {picture}")

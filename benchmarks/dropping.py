@@ -5,13 +5,14 @@ bias, the less balanced. megatron-core's `apply_router_token_dropping` gets each
 its router does, and the same assignments.
 """
 
+import statistics
 from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from torch import Tensor
 
-from dsv2_train.model.moe.capacity import DeviceCapacity, device_budget, sort_keys, surviving
+from dsv2_train.model.moe.capacity import DeviceCapacity
 from dsv2_train.model.moe.routing import routing_map, select_experts
 
 BIAS_STDS = (0.0, 0.1, 0.3, 0.6)
@@ -45,20 +46,17 @@ def dropped_shares(bias_std: float) -> Dropped:
     ranks = list(
         zip(affinities.split(_TOKENS_PER_RANK), experts.split(_TOKENS_PER_RANK), strict=True)
     )
-    keys = sort_keys(
-        affinities.gather(1, experts).flatten(),
-        experts.flatten() // (_EXPERTS // _GROUPS),
-        torch.tensor(False),
-    )
-    kept = surviving(keys, _GROUPS, device_budget(1.0, keys.numel(), _GROUPS))
-    by_rank = DeviceCapacity(1.0, _GROUPS, group=None)
-    exempt = torch.zeros(1, dtype=torch.bool)
+    capacity = DeviceCapacity(1.0, _GROUPS, group=None)
+
+    def by_device(affinities: Tensor, experts: Tensor) -> float:
+        exempt = torch.zeros(1, dtype=torch.bool)
+        kept = capacity.decide(affinities.unsqueeze(1), experts, exempt)
+        return 1.0 - kept.double().mean().item()
+
     return Dropped(
-        device=_share(kept),
-        device_by_rank=_mean(
-            [_share(by_rank.surviving(a.unsqueeze(1), e, exempt)) for a, e in ranks]
-        ),
-        expert_by_rank=_mean([_by_expert(a, e) for a, e in ranks]),
+        device=by_device(affinities, experts),
+        device_by_rank=statistics.fmean(by_device(a, e) for a, e in ranks),
+        expert_by_rank=statistics.fmean(_by_expert(a, e) for a, e in ranks),
     )
 
 
@@ -66,11 +64,3 @@ def _by_expert(affinities: Tensor, experts: Tensor) -> float:
     routed = routing_map(experts, _EXPERTS)
     _, kept = apply_router_token_dropping(affinities * routed, routed, _TOP_K, capacity_factor=1.0)
     return 1.0 - kept.sum().item() / experts.numel()
-
-
-def _share(kept: Tensor) -> float:
-    return 1.0 - kept.double().mean().item()
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

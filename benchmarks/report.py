@@ -11,9 +11,12 @@ import torch
 from megatron import core
 from transformers import __version__ as transformers_version
 
+from benchmarks.balance import LAST_STEPS, Outcome
+from benchmarks.dropping import Dropped
 from benchmarks.limits import Limits
 from benchmarks.step import StepTimes
 from benchmarks.timing import Ratio, Times, ratio
+from benchmarks.wire import Received
 from benchmarks.workload import NUM_TOKENS
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,6 +65,68 @@ def print_step(title: str, rows: list[StepRow]) -> None:
 def show(one: Ratio) -> str:
     """A ratio with its spread."""
     return f"{one.median:.2f}x [{one.low:.2f} to {one.high:.2f}]"
+
+
+def print_scaling(best: dict[str, dict[int, float]]) -> None:
+    """Print seconds by contender and number of experts."""
+    print("\nforward and backward as experts are added, s (best run)")
+    for name, by_experts in best.items():
+        cells = "".join(f"  E={count}: {seconds:.3f}" for count, seconds in by_experts.items())
+        growth = by_experts[max(by_experts)] / by_experts[min(by_experts)]
+        print(f"{name:20}{cells}  growth {growth:.2f}x")
+
+
+def print_ops(ratios: dict[str, Ratio]) -> None:
+    """Print how many times as long torch's way took."""
+    print("\nforward and backward of one op: torch's way, of ours")
+    for name, one in ratios.items():
+        print(f"  {name:44}{show(one):>24}")
+
+
+def print_bytes(counted: dict[str, dict[str, Received]], where: str) -> float:
+    """Print what ranks receive from others; our share of megatron-core's."""
+    print(f"\nMB that all ranks receive from others, one layer, {where}")
+    totals = {}
+    for name, passes in counted.items():
+        totals[name] = sum(one.total for one in passes.values())
+        cells = "".join(
+            f"  {part}: {one.rows / 1e6:.1f} + {one.other / 1e6:.2f}"
+            for part, one in passes.items()
+        )
+        print(f"{name:16}{cells}  (rows + counts, gate values, keys)")
+    share = totals["dsv2_train"] / totals["megatron-core"]
+    print(f"ours / megatron-core's: {share:.3f}")
+    return share
+
+
+def print_passes(times: dict[str, Times], of_ours: Ratio, where: str) -> None:
+    """Print wall seconds of the exchange, forward and backward."""
+    print(f"\nforward and backward of the exchange, {where}, s (best / median)")
+    for name, one in times.items():
+        print(f"{name:32}{one.best:.3f} / {one.median:.3f}")
+    print(f"megatron-core's time over ours: {show(of_ours)}, {len(times[name].seconds)} pairs")
+
+
+def print_dropped(shares: dict[str, Dropped]) -> None:
+    """Print shares of assignments by the bias of the routers."""
+    print(
+        "\nassignments dropped at capacity 1.0, 160 experts, D 8, M 3, K 6, 8 ranks x 4,096 tokens"
+    )
+    print(
+        f"{'bias of experts':>16}{'per device':>14}{'by rank alone':>16}{'per expert (mcore)':>20}"
+    )
+    for std, one in shares.items():
+        cells = f"{one.device:14.1%}{one.device_by_rank:16.1%}{one.expert_by_rank:20.1%}"
+        print(f"{std:>16}{cells}")
+
+
+def print_outcomes(outcomes: dict[str, Outcome]) -> None:
+    """Print balance and loss of trained variants."""
+    print(f"\nquickstart, busiest / mean: means over layers and the last {LAST_STEPS} steps")
+    print(f"{'':26}{'device load':>12}{'expert load':>12}{'dropped':>9}{'eval loss':>11}")
+    for name, one in outcomes.items():
+        cells = f"{one.device_load:12.3f}{one.expert_load:12.3f}{one.dropped_share:9.1%}"
+        print(f"{name:26}{cells}{one.validation_loss:11.3f}")
 
 
 def print_limits(found: Limits) -> None:

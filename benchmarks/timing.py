@@ -1,4 +1,4 @@
-"""Timing that survives a busy machine: alternating runs, CPU time, ratios of neighbours."""
+"""Timing that survives a busy machine: alternating runs, ratios of neighbours."""
 
 import gc
 import statistics
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of CPU of each repeat, all threads of the process together."""
+    """Seconds of each repeat; of CPU, all threads of the process together, unless told."""
 
     seconds: tuple[float, ...]
 
@@ -51,11 +51,20 @@ def ratio(slow: Times, fast: Times) -> Ratio:
     return Ratio(statistics.median(each), min(each), max(each), slow.best / fast.best)
 
 
-def alternate(actions: Sequence[Callable[[], None]], repeats: int) -> list[Times]:
+def alternate(
+    actions: Sequence[Callable[[], object]],
+    repeats: int,
+    now: Callable[[], float] = time.process_time,
+) -> list[Times]:
     """Run all actions in turn, `repeats` times over, after one unmeasured turn.
 
     The order reverses every turn, so that none always runs in the caches of the same other. The
     garbage collector runs between actions only.
+
+    Args:
+        actions: what is compared.
+        repeats: measured turns.
+        now: the clock; the process's CPU time, or wall time for what waits for other processes.
     """
     for action in actions:
         action()
@@ -66,9 +75,9 @@ def alternate(actions: Sequence[Callable[[], None]], repeats: int) -> list[Times
             turn = list(zip(actions, seconds, strict=True))
             for action, measured in reversed(turn) if repeat % 2 else turn:
                 gc.collect(0)
-                start_s = time.process_time()
+                start_s = now()
                 action()
-                measured.append(time.process_time() - start_s)
+                measured.append(now() - start_s)
     finally:
         gc.enable()
     return [Times(tuple(measured)) for measured in seconds]

@@ -1,12 +1,9 @@
 """The workload: a tiny DeepSeek-V2 with as many experts as the real one."""
 
-from collections.abc import Mapping
-
 import torch
 
 from benchmarks.contender import Batch
-from dsv2_train.cli.compose import compose_values
-from dsv2_train.config.load import check
+from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.run import RunConfig
 
 NUM_TOKENS = 1024
@@ -56,16 +53,7 @@ def workload(num_experts: int, sequence_length: int) -> RunConfig:
         "recipe.micro_batch_size": num_samples,
         "recipe.global_batch_size": num_samples,
     }
-    return compose(overrides)
-
-
-def compose(overrides: Mapping[str, object]) -> RunConfig:
-    """A configuration that must be right."""
-    values, problems = compose_values([f"{key}={value}" for key, value in overrides.items()])
-    config, more = check(values)
-    if problems + more:
-        raise ValueError("\n".join(str(problem) for problem in problems + more))
-    return config
+    return resolve([f"{key}={value}" for key, value in overrides.items()], need_data=False)
 
 
 def batches(config: RunConfig, count: int) -> list[Batch]:

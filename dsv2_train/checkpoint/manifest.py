@@ -63,7 +63,7 @@ class Manifest:
 
     Attributes:
         step: optimizer steps taken when it was written.
-        tensors: by key, e.g. `weight/layers.3.mlp.experts.fc1`.
+        tensors: by key, e.g. `weight/decoder.layers.3.mlp.experts.fc1`.
         files: by name; all but the manifest and the marker.
     """
 

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Reads the whole corpus. With --show, standard output is the resolved configuration alone.
     """
-    config = resolve(arguments.overrides, need_data=not arguments.without_data)
+    config = resolve(arguments.overrides, need_data=not arguments.without_data, to_train=True)
     manifest = None if arguments.without_data else _verify_data(config)
     print(to_yaml(config) if arguments.show else f"valid: {config.run.name}")
     if manifest is not None and not arguments.show:

@@ -1,9 +1,10 @@
 """Whether a run can train on its data folder, told before any rank starts; no torch."""
 
-import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+from dsv2_train.config.checks import passing_over_absent
 from dsv2_train.config.problems import Problem
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.sections.base import Absent
@@ -15,6 +16,7 @@ from dsv2_train.data.manifest import (
     read_manifest,
     size_problems,
 )
+from dsv2_train.data.sampler import num_windows
 
 # Rows past the tokenizer's ids are never targets; DeepSeek pads 100,015 to 102,400.
 MAX_PADDING_SHARE = 0.1
@@ -43,8 +45,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         for problem in _damage(folder, manifest)
     ]
     for check in _CHECKS:
-        with contextlib.suppress(Absent):
-            problems.extend(check(config, manifest))
+        problems += passing_over_absent(partial(check, manifest=manifest), config)
     return problems
 
 
@@ -77,7 +78,7 @@ def _train_size(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
 
 def _validation_size(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
     length, num_tokens = config.recipe.sequence_length, manifest.splits["validation"].num_tokens
-    num_samples = max(num_tokens - 1, 0) // length
+    num_samples = num_windows(num_tokens, length)
     if config.recipe.eval_num_samples > num_samples:
         allowed = (
             f"must be at most {num_samples}: the validation split of {config.data.path} has "
@@ -86,7 +87,7 @@ def _validation_size(config: RunConfig, manifest: Manifest) -> Iterator[Problem]
         yield Problem("recipe.eval_num_samples", config.recipe.eval_num_samples, allowed)
 
 
-_CHECKS: tuple[Callable[[RunConfig, Manifest], Iterator[Problem]], ...] = (
+_CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _vocabulary,
     _train_size,
     _validation_size,

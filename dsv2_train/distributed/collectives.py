@@ -1,4 +1,4 @@
-"""The few collectives that this project calls itself; the group is always an argument."""
+"""Reductions over the ranks of a group, which is always an argument."""
 
 import torch.distributed as dist
 from torch import Tensor

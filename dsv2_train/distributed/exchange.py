@@ -6,7 +6,7 @@
     rows, gates = exchange.wait(*in_flight)
 
 In the backward pass the gradients travel the other way: issued where `wait` was, waited for where
-`issue` was, with the backward of what was computed between between them. That order is autograd's
+`issue` was, with the backward of what was computed between them. That order is autograd's
 own, which runs ready nodes latest first.
 """
 
@@ -55,6 +55,7 @@ class Exchange:
 
     def start(self, rows: Sequence[Tensor], *, back: bool) -> tuple[Tensor, ...]:
         """Issue without autograd; `back` sends [R, ...] to where they came from."""
+        assert not self._held, "what was issued before has not been waited for"
         send, receive = (self._receive, self._send) if back else (self._send, self._receive)
         for sent in rows:
             source = sent.contiguous()

@@ -11,7 +11,7 @@ class GlobalTensor:
     """A tensor of the whole model, of which a rank holds one flat range.
 
     Attributes:
-        name: global name, equal at any layout, e.g. `layers.3.mlp.experts.fc1`.
+        name: global name, equal at any layout, e.g. `decoder.layers.3.mlp.experts.fc1`.
         shape: shape of the whole tensor.
         offset: elements of the flattened whole that precede this rank's part (0 if it holds all).
     """
@@ -31,7 +31,7 @@ class Piece:
     """A flat range of a global tensor in this rank's memory.
 
     Attributes:
-        key: what is stored and of which tensor, e.g. `weight/layers.3.mlp.experts.fc1`.
+        key: what is stored and of which tensor, e.g. `weight/decoder.layers.3.mlp.experts.fc1`.
         shape: shape of the whole tensor.
         offset: first element of the flattened whole that `data` holds.
         data: [n] 1-D view of the memory to save from or load into.

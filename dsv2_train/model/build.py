@@ -18,6 +18,7 @@ from dsv2_train.model.initialize import initialize
 from dsv2_train.model.layer_spec import block_spec
 from dsv2_train.model.modules.linears import replace_linears
 from dsv2_train.model.transformer_config import build_transformer_config
+from dsv2_train.recipe.parameters import stage_layer_ranges
 from dsv2_train.recipe.yarn import frequency_ratios, rotary_scale, softmax_scale
 
 
@@ -39,9 +40,7 @@ def build_model(
         The stage, with every parameter tagged by its `GlobalTensor`. No communication.
     """
     stage, num_stages = groups.pp.rank(), groups.pp.size()
-    split = config.parallel.stage_layers(config.model.num_layers)
-    first_layer = sum(split[:stage])
-    layers = range(first_layer, first_layer + split[stage])
+    layers = stage_layer_ranges(config.model, config.parallel)[stage]
     transformer = build_transformer_config(config.model, config.parallel, config.recipe)
     transformer.use_cpu_initialization = device.type != "cuda"
     with torch.device(device):
@@ -58,7 +57,7 @@ def build_model(
     replace_linears(model)
     if model.post_process:
         model.output_layer = OutputHead(model.output_layer.weight)
-    tag_parameters(model, first_layer, groups.ep.rank(), groups.ep.size())
+    tag_parameters(model, layers.start, groups.ep.rank(), groups.ep.size())
     _check_softmax_scale(model, config.model)
     if device.type != "meta":
         _check_rotation(model, config.model)

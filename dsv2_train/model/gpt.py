@@ -46,13 +46,21 @@ class DeepSeekV2Model(GPTModel):
 
         Args:
             inputs: megatron-core's.
-            exempt: [b] bool, samples of which no assignment is dropped; None drops nothing.
+            exempt: [b] bool, samples of which no assignment is dropped. Required in training with
+                a capacity, not read otherwise.
             named: megatron-core's.
         """
-        for layer in self.decoder.layers:
-            if isinstance(layer.mlp, MixtureOfExperts):
-                layer.mlp.exempt = exempt
+        for mixture in self.mixtures().values():
+            mixture.exempt = exempt
         return super().forward(*inputs, **named)
+
+    def mixtures(self) -> dict[int, MixtureOfExperts]:
+        """This stage's mixtures of experts by the index of their layer in the whole model."""
+        return {
+            layer.layer_number - 1: layer.mlp
+            for layer in self.decoder.layers
+            if isinstance(layer.mlp, MixtureOfExperts)
+        }
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **unused: Any) -> Tensor:
         """End a stage.

@@ -60,6 +60,15 @@ def _torch_or_te(torch_name: str) -> Resolve:
     return resolve
 
 
+def _attention(
+    op: str, asked: str, parallel: ParallelConfig, device: torch.device
+) -> Choice | Problem:
+    choice = _torch_or_te("sdpa")(op, asked, parallel, device)
+    if isinstance(choice, Choice) and choice.implementation == "sdpa" and device.type == "cpu":
+        return Choice(op, "blocked", "torch's SDPA is slow on a CPU for two head widths")
+    return choice
+
+
 def _dispatcher(
     op: str, asked: str, parallel: ParallelConfig, device: torch.device
 ) -> Choice | Problem:
@@ -67,7 +76,7 @@ def _dispatcher(
         return Choice(op, "none", "all experts of a layer are on one rank")
     if asked == "deepep" and (missing := _why_no_deepep(parallel, device)):
         return Problem(f"parallel.{op}", asked, f"not possible here: {missing}")
-    reason = "one copy of a token a device" if asked == "device_dedup" else "asked for"
+    reason = "one copy of a token an expert rank" if asked == "device_dedup" else "asked for"
     return Choice(op, asked, reason)
 
 
@@ -82,8 +91,10 @@ def _experts(
 
 
 def _why_no_deepep(parallel: ParallelConfig, device: torch.device) -> str | None:
-    if device.type != "cuda" or parallel.ep == 1:
-        return "needs CUDA devices and parallel.ep > 1"
+    if device.type != "cuda":
+        return "no CUDA device"
+    if parallel.ep == 1:
+        return "parallel.ep is 1, so that nothing travels"
     return PACKAGES["deepep"].why_missing()
 
 
@@ -96,7 +107,7 @@ def _why_no_te(device: torch.device) -> str | None:
 _RULES: dict[str, Resolve] = {
     "linear": _torch_or_te("torch"),
     "norm": _torch_or_te("torch"),
-    "attention": _torch_or_te("sdpa"),
+    "attention": _attention,
     "experts": _experts,
     "dispatcher": _dispatcher,
 }

@@ -45,7 +45,7 @@ def block_spec(
     """
     classes = _Classes(choices)
     dense = _dense_mlp(model, classes, groups)
-    mixture = _mixture(classes, choices["experts"], groups)
+    mixture = _mixture(classes, choices, groups)
     specs = [
         _layer(model, classes, dense if index < model.num_dense_layers else mixture)
         for index in layers
@@ -123,11 +123,13 @@ def _dense_mlp(model: ModelConfig, classes: _Classes, groups: ProcessGroupCollec
     )
 
 
-def _mixture(classes: _Classes, experts: Choice, groups: ProcessGroupCollection) -> ModuleSpec:
-    implementation = {"implementation": experts.implementation}
+def _mixture(
+    classes: _Classes, choices: dict[str, Choice], groups: ProcessGroupCollection
+) -> ModuleSpec:
+    implementation = {"implementation": choices["experts"].implementation}
     return ModuleSpec(
         module=MixtureOfExperts,
-        params={"pg_collection": groups},
+        params={"pg_collection": groups, "dispatcher": choices["dispatcher"].implementation},
         submodules=MoESubmodules(
             router=DeviceLimitedRouter,
             experts=ModuleSpec(module=GroupedExperts, params=implementation),

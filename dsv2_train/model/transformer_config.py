@@ -18,19 +18,18 @@ _RECOMPUTED = {"moe": "moe", "mla_up_projection": "mla_up_proj"}
 _PLAIN_ROPE = YarnConfig(factor=1.0, original_max_position=4096)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DeepSeekV2TransformerConfig(MLATransformerConfig):
     """megatron-core's configuration, and what only DeepSeek-V2's modules read."""
 
-    num_device_groups: int = 1
-    num_limited_devices: int = 1
-    expert_balance_alpha: float = 0.0
-    device_balance_alpha: float = 0.0
-    communication_balance_alpha: float = 0.0
-    capacity_factor: float | None = None
-    capacity_scope: str = "ep_group"
-    dispatcher: str = "device_dedup"
-    overlap_shared_experts: bool = True
+    num_device_groups: int
+    num_limited_devices: int
+    expert_balance_alpha: float
+    device_balance_alpha: float
+    communication_balance_alpha: float
+    capacity_factor: float | None
+    capacity_scope: str
+    overlap_shared_experts: bool
 
 
 def build_transformer_config(
@@ -105,7 +104,6 @@ def build_transformer_config(
         communication_balance_alpha=recipe.communication_balance_alpha,
         capacity_factor=recipe.capacity_factor,
         capacity_scope=recipe.capacity_scope,
-        dispatcher=parallel.dispatcher,
         overlap_shared_experts=parallel.overlap_shared_experts,
     )
 

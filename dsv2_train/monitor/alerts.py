@@ -65,11 +65,11 @@ class Alerts:
 
 
 def _rules(config: AlertConfig, device_budget: float) -> list[_Rule]:
-    least, most = config.min_load_entropy, config.max_device_load
+    least, most = config.min_load_evenness, config.max_device_load
     return [
         _Rule(
-            "moe/expert_load_entropy",
-            lambda entropy: entropy < least,
+            "moe/expert_load_evenness",
+            lambda evenness: evenness < least,
             min,
             "routing collapses onto few experts: the entropy of their load is down to "
             f"{{value:.2f}} of an even one's, alert below {least:g}",

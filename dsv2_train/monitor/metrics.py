@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Metric:
         meaning: one line for people.
         number_format: format specification of a value.
         label: short name in the console line; empty keeps the metric out of it.
-        per_layer: True if `<key>/layer_<2 digits>` is a key too.
+        over_layers: what the model's value is of its layers', where `<key>/layer_<2 digits>` is a
+            key too; empty for what is not about layers.
     """
 
     key: str
@@ -24,7 +26,7 @@ class Metric:
     meaning: str
     number_format: str
     label: str = ""
-    per_layer: bool = False
+    over_layers: Literal["", "max", "min", "mean", "sum"] = ""
 
 
 METRICS = (
@@ -40,46 +42,55 @@ METRICS = (
     Metric("perf/checkpoint_time_s", "s", "spent in checkpoints since the last row", ".2f"),
     Metric("perf/model_tflops_per_gpu", "TFLOP/s", "model operations per device", ".2f"),
     Metric("perf/mfu", "", "share of the device's known peak, 0 to 1", ".1%", "MFU"),
-    *(
-        Metric(f"moe/{name}", unit, meaning, number_format, label, per_layer=True)
-        for name, unit, meaning, number_format, label in (
-            (
-                "expert_load_max_over_mean",
-                "",
-                "busiest expert against the mean, before dropping; of the worst layer",
-                ".2f",
-                "expert load",
-            ),
-            (
-                "expert_load_entropy",
-                "",
-                "entropy of the experts' load, as a share of an even load's; of the worst layer",
-                ".3f",
-                "",
-            ),
-            ("dead_experts", "", "experts that got no token; of all layers", ",.0f", ""),
-            (
-                "device_load_max_over_mean",
-                "",
-                "busiest device group against the mean, before dropping; of the worst layer",
-                ".2f",
-                "device load",
-            ),
-            (
-                "sent_load_max",
-                "",
-                "most tokens sent to a device group, over M / D of all (f''); of the worst layer",
-                ".2f",
-                "",
-            ),
-            ("devices_per_token", "", "device groups that a token is sent to; mean", ".2f", ""),
-            ("dropped_share", "", "assignments dropped by device capacity; mean", ".2%", ""),
-            ("gate_entropy", "nats", "entropy of a token's affinities; mean", ".3f", ""),
-            ("expert_balance_loss", "", "unweighted, mean over layers; 1 is even", ".4f", ""),
-            ("device_balance_loss", "", "unweighted, mean over layers; 1 is even", ".4f", ""),
-            ("communication_balance_loss", "", "unweighted, mean over layers", ".4f", ""),
-        )
+    Metric(
+        "moe/expert_load_max_over_mean",
+        "",
+        "busiest expert against the mean, before dropping",
+        ".2f",
+        "expert load",
+        "max",
     ),
+    Metric(
+        "moe/expert_load_evenness",
+        "",
+        "entropy of the experts' load over that of an even one, before dropping",
+        ".3f",
+        over_layers="min",
+    ),
+    Metric("moe/dead_experts", "", "experts that got no token", ",.0f", over_layers="sum"),
+    Metric(
+        "moe/device_load_max_over_mean",
+        "",
+        "busiest device group against the mean, before dropping",
+        ".2f",
+        "device load",
+        "max",
+    ),
+    Metric(
+        "moe/sent_load_max",
+        "",
+        "most tokens for a device group over M / D of all (f''), before dropping",
+        ".2f",
+        over_layers="max",
+    ),
+    Metric(
+        "moe/devices_per_token",
+        "",
+        "device groups of a token's experts, before dropping",
+        ".2f",
+        over_layers="mean",
+    ),
+    Metric(
+        "moe/dropped_share",
+        "",
+        "assignments dropped by device capacity",
+        ".2%",
+        over_layers="mean",
+    ),
+    Metric("moe/gate_entropy", "nats", "of a token's affinities", ".3f", over_layers="mean"),
+    Metric("moe/expert_balance_loss", "", "unweighted; 1 is even", ".4f", over_layers="mean"),
+    Metric("moe/device_balance_loss", "", "unweighted; 1 is even", ".4f", over_layers="mean"),
+    Metric("moe/communication_balance_loss", "", "unweighted", ".4f", over_layers="mean"),
     Metric("moe/exempt_share", "", "tokens of sequences that lose nothing to capacity", ".2%"),
     Metric("moe/num_alerts", "", "alerts about routing that came with this row", ",.0f"),
     Metric("mem/peak_rss_gib", "GiB", "most resident memory of a CPU rank", ".2f"),
@@ -109,7 +120,7 @@ def metric_of(key: str) -> Metric:
     """
     base = _LAYER_SUFFIX.sub("", key)
     metric = _BY_KEY.get(base)
-    if metric is not None and (base == key or metric.per_layer):
+    if metric is not None and (base == key or metric.over_layers):
         return metric
     close = difflib.get_close_matches(base, _BY_KEY, n=1)
     hint = f", did you mean {close[0]}?" if close else ""

@@ -120,7 +120,7 @@ class Monitor:
         """Report how loaded every expert was in a step."""
         self._maps.write(encode_map(step, one))
         if self._wandb is not None:
-            self._wandb.record_picture("moe/expert_map", picture(one), step)
+            self._wandb.record_picture("pictures/expert_map", picture(one), step)
 
     def message(self, what: RenderableType) -> None:
         """Show people a text or a table; possible after `close` too."""

@@ -1,7 +1,6 @@
 """ZeRO-1: every rank updates its shards of the weights, then all ranks gather them (design: 8)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -18,17 +17,6 @@ from dsv2_train.optim.shards import Shard, owned_gradients
 _NORM_BLOCK = 1 << 20
 # As in torch.nn.utils.clip_grad_norm_, so that a zero gradient is not divided by zero.
 _NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one update reports, on the device.
-
-    Attributes:
-        grad_norm: [] fp64, global norm before clipping; the same bits on every rank.
-    """
-
-    grad_norm: Tensor
 
 
 class ZeroOptimizer:
@@ -83,14 +71,14 @@ class ZeroOptimizer:
         self._chunk.zero_grad_buffer()
 
     @torch.no_grad()
-    def step(self, lr: float) -> Update:
+    def step(self, lr: float) -> Tensor:
         """Clip, update and gather, from gradients that are reduced.
 
         Args:
             lr: learning rate of this update.
 
         Returns:
-            The global gradient norm before clipping.
+            [] fp64, the global gradient norm before clipping; the same bits on every rank.
 
         Note:
             Collective over all ranks: one all-reduce of one number, then the gathering of weights,
@@ -107,7 +95,7 @@ class ZeroOptimizer:
         self._copy_masters_to_weights()
         if self._gathers and not self._chunk.ddp_config.overlap_param_gather:
             self._chunk.start_param_sync()
-        return Update(grad_norm=norm)
+        return norm
 
     def pieces(self) -> Iterator[Piece]:
         """The state this rank owns: over all ranks, every element of the model exactly once.

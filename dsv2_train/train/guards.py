@@ -2,11 +2,12 @@
 
 import math
 
+from torch import Tensor
+
 from dsv2_train.recipe.clock import Clock
-from dsv2_train.train.telemetry import StepResult
 
 
-def require_finite(clock: Clock, result: StepResult) -> None:
+def require_finite(clock: Clock, grad_norm: Tensor) -> None:
     """Stop before numbers that are none are saved or shown as progress.
 
     A loss that is not finite makes the gradient norm so, which every rank knows to the same bits:
@@ -14,12 +15,12 @@ def require_finite(clock: Clock, result: StepResult) -> None:
 
     Args:
         clock: after the step.
-        result: of the step.
+        grad_norm: [] of the step.
 
     Raises:
         FloatingPointError: naming the step and the norm.
     """
-    norm = result.grad_norm.item()
+    norm = grad_norm.item()
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"step {clock.step}: the gradient norm is {norm}. Nothing was saved: the same line,"

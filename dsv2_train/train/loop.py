@@ -16,7 +16,7 @@ def train(run: Run) -> None:
         run.telemetry.begin_step()
         result = train_step(run, point)
         run.clock = run.clock.advance(point)
-        require_finite(run.clock, result)
+        require_finite(run.clock, result.grad_norm)
         validation_loss = None
         if run.evaluation_due:
             with run.telemetry.stopwatch.evaluation():

@@ -3,8 +3,8 @@
 # n layers that route, E routed experts of a layer, D device groups, K experts a token, M devices a
 # token may reach
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import log
 
 import torch
@@ -16,7 +16,7 @@ from dsv2_train.distributed.collectives import all_sum
 from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.model.moe.statistics import LayerStatistics, num_statistics
 from dsv2_train.monitor.expert_map import ExpertMap
-from dsv2_train.monitor.metrics import layer_key
+from dsv2_train.monitor.metrics import layer_key, metric_of
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def gather_step(
     sums = all_sum(sums, world).cpu()
     whole = LayerStatistics.unflatten(sums, num_experts, num_device_groups)
     layers = whole.num_microbatches.nonzero().squeeze(1)
-    of_layers = {field.name: getattr(whole, field.name)[layers] for field in fields(whole)}
-    return RoutedStep(layers.tolist(), LayerStatistics(**of_layers))
+    of_layers = LayerStatistics.unflatten(sums[layers], num_experts, num_device_groups)
+    return RoutedStep(layers.tolist(), of_layers)
 
 
 def routing_row(step: RoutedStep, model: ModelConfig) -> dict[str, float]:
@@ -67,20 +67,20 @@ def routing_row(step: RoutedStep, model: ModelConfig) -> dict[str, float]:
     losses = counts.balance_losses / counts.num_microbatches.unsqueeze(1)
     by_layer = {
         "moe/expert_load_max_over_mean": _max_over_mean(counts.expert_counts),
-        "moe/expert_load_entropy": _evenness(counts.expert_counts),
+        "moe/expert_load_evenness": _evenness(counts.expert_counts),
         "moe/dead_experts": (counts.expert_counts == 0).sum(dim=1),
         "moe/device_load_max_over_mean": _max_over_mean(_device_counts(counts)),
         "moe/sent_load_max": sent_load(counts, model).amax(dim=1),
-        "moe/devices_per_token": counts.sent_counts.sum(dim=1) / seen,
-        "moe/dropped_share": counts.num_dropped / (seen * model.num_experts_per_tok),
+        "moe/devices_per_token": counts.reached_counts.sum(dim=1) / seen,
+        "moe/dropped_share": counts.num_dropped_assignments / (seen * model.num_experts_per_tok),
         "moe/gate_entropy": counts.gate_entropy / seen,
         "moe/expert_balance_loss": losses[:, 0],
         "moe/device_balance_loss": losses[:, 1],
         "moe/communication_balance_loss": losses[:, 2],
     }
-    row = {"moe/exempt_share": (counts.num_exempt / seen).mean().item()}
+    row = {"moe/exempt_share": (counts.num_exempt_tokens / seen).mean().item()}
     for key, values in by_layer.items():
-        row[key] = _whole(key, values.double()).item()
+        row[key] = _WHOLE[metric_of(key).over_layers](values.double()).item()
         for layer_idx, value in zip(step.layers, values.tolist(), strict=True):
             row[layer_key(key, layer_idx)] = value
     return row
@@ -94,18 +94,17 @@ def expert_map(step: RoutedStep, model: ModelConfig) -> ExpertMap:
 
 
 def sent_load(counts: LayerStatistics, model: ModelConfig) -> Tensor:
-    """[n, D] tokens sent to each device group over M T / D: the paper's f'' (equation 30)."""
+    """[n, D] tokens for each device group, before dropping, over M T / D: f'' (equation 30)."""
     most = model.num_limited_devices * counts.num_tokens.unsqueeze(1)
-    return counts.sent_counts * model.num_device_groups / most
+    return counts.reached_counts * model.num_device_groups / most
 
 
-def _whole(key: str, of_layers: Tensor) -> Tensor:
-    """[n] -> []: a model's value; that of the worst layer, the sum, or the mean."""
-    if key == "moe/dead_experts":
-        return of_layers.sum()
-    if key == "moe/expert_load_entropy":
-        return of_layers.amin()
-    return of_layers.amax() if "_max" in key else of_layers.mean()
+_WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": Tensor.amax,
+    "min": Tensor.amin,
+    "mean": Tensor.mean,
+    "sum": Tensor.sum,
+}
 
 
 def _max_over_mean(counts: Tensor) -> Tensor:
@@ -121,5 +120,5 @@ def _evenness(counts: Tensor) -> Tensor:
 
 def _device_counts(counts: LayerStatistics) -> Tensor:
     """[n, D] assignments of each device group; its experts are contiguous."""
-    num_layers, num_device_groups = counts.sent_counts.shape
+    num_layers, num_device_groups = counts.reached_counts.shape
     return counts.expert_counts.view(num_layers, num_device_groups, -1).sum(dim=2)

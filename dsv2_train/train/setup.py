@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv2_train.checkpoint.manager import CheckpointManager
@@ -14,8 +13,8 @@ from dsv2_train.data.manifest import verify
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.env import Env
 from dsv2_train.model.build import build_model
+from dsv2_train.model.gpt import DeepSeekV2Model
 from dsv2_train.model.implementation import Choice, choose
-from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.monitor.report import StartUp, start_up_table
 from dsv2_train.optim.adam import choose_adam
@@ -60,9 +59,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
     chunk = wrap(model, config.parallel, config.recipe.precision, groups)
     adam = choose_adam(config.optim.adam, env.device)
     optimizer = build_optimizer(chunk, config.optim, adam, groups)
-    checkpoints = CheckpointManager(
-        config.run.folder / "checkpoints", config.checkpoint.every_steps
-    )
+    checkpoints = CheckpointManager(config.run.checkpoint_folder, config.checkpoint.every_steps)
     state = checkpoints.restore(list(optimizer.pieces()))
     if state is not None:
         optimizer.adam_step = state.adam_step
@@ -117,16 +114,12 @@ def _split(config: RunConfig, name: str) -> Split:
 def _telemetry(
     config: RunConfig,
     monitor: Monitor | None,
-    model: GPTModel,
+    model: DeepSeekV2Model,
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> Telemetry:
-    mixtures = {
-        layer.layer_number - 1: layer.mlp
-        for layer in model.decoder.layers
-        if isinstance(layer.mlp, MixtureOfExperts)
-    }
-    return Telemetry(config, monitor, mixtures, groups.intra_dist_opt, groups.dp.size(), device)
+    world, dp_size = groups.intra_dist_opt, groups.dp.size()
+    return Telemetry(config, monitor, model.mixtures(), world, dp_size, device)
 
 
 def _start_up(run: Run, choices: list[Choice]) -> StartUp:

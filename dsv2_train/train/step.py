@@ -33,9 +33,11 @@ def train_step(run: Run, point: Point) -> StepResult:
         dp_rank=run.groups.dp.rank(),
         dp_size=run.groups.dp.size(),
     )
-    reported = forward_backward(run, run.telemetry.data(data), num_microbatches, forward_only=False)
-    update = run.optimizer.step(point.lr)
-    return StepResult(loss=mean_loss(run, reported), grad_norm=update.grad_norm)
+    reported = forward_backward(
+        run, run.telemetry.stopwatch.timed(data), num_microbatches, forward_only=False
+    )
+    grad_norm = run.optimizer.step(point.lr)
+    return StepResult(loss=mean_loss(run, reported), grad_norm=grad_norm)
 
 
 def forward_backward(
@@ -78,7 +80,7 @@ def _forward_step(
         position_ids=None,
         attention_mask=None,
         labels=batch.labels.to(device),
-        exempt=_exempt(batch, run),
+        exempt=_exempt(batch, run) if chunk.training else None,
     )
     return output, _loss
 

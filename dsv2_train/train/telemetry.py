@@ -1,6 +1,6 @@
 """What a run tells while it trains: rows of metrics, read from the device once a log step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dsv2_train.config.run import RunConfig
-from dsv2_train.data.loader import Batch
 from dsv2_train.distributed.collectives import all_sum
 from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.monitor.memory import peak_memory
@@ -73,14 +72,10 @@ class Telemetry:
         for mixture in self._mixtures.values():
             mixture.statistics.zero_()
 
-    def data(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the wait for them is measured."""
-        return self.stopwatch.timed(batches)
-
     def end_step(
         self, clock: Clock, point: Point, result: StepResult, validation_loss: float | None
     ) -> None:
-        """Count a step; on a log step and with every evaluation, reduce, read and report.
+        """Count a step; on a log step, with an evaluation and for a map, reduce and report.
 
         Args:
             clock: after the step.
@@ -93,16 +88,18 @@ class Telemetry:
         """
         monitor = self._config.monitor
         self.stopwatch.add_step(point.num_tokens)
-        number, rest = divmod(clock.step, monitor.log_every_steps)
-        if rest and clock.step != 1 and validation_loss is None:
+        row_is_due = clock.step % monitor.log_every_steps == 0 or clock.step == 1
+        row_is_due = row_is_due or validation_loss is not None
+        map_is_due = clock.step % monitor.expert_map_every_steps == 0
+        if not (row_is_due or map_is_due):
             return
         routed = gather_step(self._mixtures, self._config.model, self._world)
-        row = self._row(point, result, routed)
-        if validation_loss is not None:
-            row["eval/loss"] = validation_loss
-        self._report(clock, row)
-        map_is_due = not rest and number % monitor.expert_map_every_rows == 0 and routed.layers
-        if map_is_due and self._monitor is not None:
+        if row_is_due:
+            row = self._row(point, result, routed)
+            if validation_loss is not None:
+                row["eval/loss"] = validation_loss
+            self._report(clock, row)
+        if map_is_due and routed.layers and self._monitor is not None:
             self._monitor.record_map(expert_map(routed, self._config.model), clock.step)
 
     def _row(self, point: Point, result: StepResult, routed: RoutedStep) -> dict[str, float]:

@@ -13,14 +13,14 @@ from dsv2_train.model.moe.capacity import DeviceCapacity
 from dsv2_train.monitor.rows import read_rows
 from dsv2_train.recipe.exemption import is_exempt
 from dsv2_train.train import loop
-from tests.distributed.test_expert_parallel import layer_config
 from tests.helpers.corpus import synthetic_folder
 from tests.helpers.model import build_on_cpu, roughen
+from tests.helpers.moe_layer import layer_config, statistics_of
 from tests.helpers.run import close_run, open_run, run_config
 from tests.helpers.world import World
 
 NUM_SEQUENCES, LENGTH, NUM_EXPERTS, NUM_GROUPS, TOP_K = 4, 40, 16, 8, 3
-EXEMPT = torch.tensor([False, False, True, False])
+EXEMPT = torch.tensor([True, False, True, False])
 
 
 def _affinities() -> torch.Tensor:
@@ -40,7 +40,7 @@ def _decide(rank: int, scope: str) -> tuple[torch.Tensor, torch.Tensor]:
     experts = affinities.flatten(0, 1).topk(TOP_K).indices
     group = dist.group.WORLD if scope == "ep_group" else None
     capacity = DeviceCapacity(1.0, NUM_GROUPS, group)
-    kept = capacity.surviving(affinities, experts, EXEMPT[ours])
+    kept = capacity.decide(affinities, experts, EXEMPT[ours])
     by_sequence = (LENGTH, per_rank, TOP_K)
     return experts.view(by_sequence).transpose(0, 1), kept.view(by_sequence).transpose(0, 1)
 
@@ -70,16 +70,20 @@ def test_no_group_exceeds_its_budget_but_by_exempt_assignments(world: World) -> 
     experts, kept = _everyone(world, 4, "ep_group")
     budget = NUM_SEQUENCES * LENGTH * TOP_K // NUM_GROUPS
     groups = experts // (NUM_EXPERTS // NUM_GROUPS)
+    over_budget = False
     for group in range(NUM_GROUPS):
-        computed = (groups == group) & kept
-        assert computed.sum() <= max(budget, computed[EXEMPT].sum())
-        assert computed.sum() == min(budget, (groups == group).sum())
+        routed = groups == group
+        over_budget |= bool(routed[EXEMPT].sum() > budget)
+        allowed = max(budget, int(routed[EXEMPT].sum()))
+        assert (routed & kept).sum() == min(allowed, int(routed.sum()))
     assert kept[EXEMPT].all()
+    assert over_budget, "the case is meant to have a group that exempt assignments alone fill"
 
 
-def _outputs(rank: int, capacity: str) -> dict[str, torch.Tensor]:
+def _outputs(rank: int, capacity: str, *overrides: str) -> dict[str, torch.Tensor]:
     """Of one layer, by sequence: in training, in evaluation, and how many were dropped."""
-    model, _ = build_on_cpu(layer_config(2, "fp64", f"recipe.capacity_factor={capacity}"))
+    config = layer_config(2, "fp64", f"recipe.capacity_factor={capacity}", *overrides)
+    model, _ = build_on_cpu(config)
     roughen(model)
     layer = model.decoder.layers[1].mlp
     hidden = torch.randn(
@@ -87,7 +91,7 @@ def _outputs(rank: int, capacity: str) -> dict[str, torch.Tensor]:
     )
     layer.exempt = torch.tensor([False, True])
     training = layer(hidden)[0].detach()
-    dropped = layer.statistics[-4].clone()
+    dropped = statistics_of(layer).num_dropped_assignments
     layer.eval()
     evaluation = layer(hidden)[0].detach()
     process_groups.destroy()
@@ -107,6 +111,15 @@ def test_exempt_sequences_and_evaluation_are_as_without_a_capacity(
         )
         assert not torch.allclose(ours["training"][:, 0], theirs["training"][:, 0])
         assert torch.equal(ours["evaluation"], theirs["evaluation"])
+
+
+def test_the_scope_of_a_budget_is_the_group_or_the_rank(world: World) -> None:
+    together = world.run(_outputs, 2, "1.0", "recipe.capacity_scope=ep_group")
+    apart = world.run(_outputs, 2, "1.0", "recipe.capacity_scope=rank")
+    default = world.run(_outputs, 2, "1.0")
+    for one, other, usual in zip(together, apart, default, strict=True):
+        assert not torch.allclose(one["training"], other["training"])
+        assert torch.equal(one["training"], usual["training"])
 
 
 def _rows(rank: int, config: RunConfig) -> list[dict[str, float]]:

@@ -13,8 +13,8 @@ from dsv2_train.distributed import exchange
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.model.implementation import choose
 from dsv2_train.model.moe.dispatcher import ExpertParallelDispatch
-from tests.distributed.test_expert_parallel import layer_config
-from tests.helpers.model import CPU, build_on_cpu, roughen
+from tests.helpers.model import build_on_cpu, roughen
+from tests.helpers.moe_layer import layer_config
 from tests.helpers.world import World
 
 NUM_EXPERTS, TOKENS = 8, 40
@@ -118,10 +118,12 @@ def test_megatron_core_s_dispatchers_give_the_same_output(world: World, dispatch
         torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-5)  # fp32, other order
 
 
-@pytest.mark.parametrize(("ep", "words"), [(2, "needs CUDA devices"), (1, "parallel.ep > 1")])
-def test_deepep_is_refused_where_it_cannot_run(ep: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("ep", "device", "words"), [(2, "cpu", "no CUDA device"), (1, "cuda", "nothing travels")]
+)
+def test_deepep_is_refused_where_it_cannot_run(ep: int, device: str, words: str) -> None:
     config = layer_config(
         ep, "fp32", "parallel.dispatcher=deepep", "parallel.overlap_shared_experts=false"
     )
     with pytest.raises(ConfigError, match=words):
-        choose(config.parallel, CPU)
+        choose(config.parallel, torch.device(device))

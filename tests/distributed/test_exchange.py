@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dsv2_train.distributed.exchange import Exchange
 from dsv2_train.model.modules.mlp import SharedExperts
 from dsv2_train.ops import grouped_experts
-from tests.distributed.test_expert_parallel import Case, layer_config, layer_on_rank
+from tests.helpers.moe_layer import Case, layer_config, layer_on_rank
 from tests.helpers.world import World
 
 # Row counts from each rank (line) to each rank (column); none at all from and to some.

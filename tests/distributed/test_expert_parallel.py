@@ -1,143 +1,18 @@
 """The mixture-of-experts layer over EP ranks equals the paper's equations in one process."""
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from dsv2_train.config.run import RunConfig
-from dsv2_train.distributed import groups as process_groups
-from dsv2_train.model.moe.layer import MixtureOfExperts
-from tests.helpers.model import build_on_cpu
+from tests.helpers.moe_layer import Case, Result, inputs_of, layer_config, layer_on_rank
 from tests.helpers.moe_reference import Rules, Weights, forward
-from tests.helpers.tiny import tiny_config
 from tests.helpers.world import World
 
 # Every sum has fewer than a few hundred terms of size one.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One micro-batch of the whole group.
-
-    `skew` is a bias on the logits of the experts by their index: 0 none, large values send all
-    tokens to the last rank and none to the others; None makes all affinities equal (ties).
-    """
-
-    num_sequences: int
-    length: int
-    seed: int
-    skew: float | None = 0.0
-    exempt: tuple[bool, ...] = ()
-    overrides: tuple[str, ...] = field(default=())
-
-
-@dataclass(frozen=True)
-class Result:
-    """Of one rank: outputs, gradients and weights of its part; what was counted."""
-
-    output: torch.Tensor
-    hidden_gradient: torch.Tensor
-    weights: Weights
-    gradients: Weights
-    num_dropped: float
-
-
-def layer_config(ep: int, precision: str, *overrides: str) -> RunConfig:
-    return tiny_config(
-        "model.num_layers=2",
-        "model.hidden_size=16",
-        "model.moe_intermediate_size=8",
-        f"parallel.world_size={ep}",
-        f"parallel.ep={ep}",
-        f"recipe.precision={precision}",
-        "recipe.global_batch_size=8",
-        *overrides,
-    )
-
-
-def _inputs(case: Case, hidden_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and the gradient of the output, both [B, S, h] fp64."""
-    generator = torch.Generator().manual_seed(case.seed)
-    shape = (2, case.num_sequences, case.length, hidden_size)
-    hidden, gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
-    hidden[..., 0] = 1.0  # a constant, through which the gate is biased
-    return hidden, gradient
-
-
-def layer_on_rank(rank: int, config: RunConfig, case: Case) -> Result:
-    model, groups = build_on_cpu(config)
-    layer = model.decoder.layers[1].mlp
-    _spread(layer, case, groups.ep.rank(), groups.ep.size())
-    hidden, gradient = _inputs(case, config.model.hidden_size)
-    per_rank = case.num_sequences // groups.ep.size()
-    ours = slice(rank * per_rank, (rank + 1) * per_rank)
-    dtype = next(layer.parameters()).dtype
-    mine = hidden[ours].to(dtype).transpose(0, 1).contiguous().requires_grad_()
-    layer.exempt = torch.tensor((case.exempt or (False,) * case.num_sequences)[ours])
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / groups.ep.size())  # as schedules do
-    output, _ = layer(mine)
-    output.backward(gradient[ours].to(dtype).transpose(0, 1))
-    for name, parameter in layer.named_parameters():
-        if "experts.fc" not in name:
-            dist.all_reduce(parameter.grad)
-    assert mine.grad is not None
-    result = Result(
-        output.detach().transpose(0, 1),
-        mine.grad.transpose(0, 1),
-        _weights(layer, lambda parameter: parameter.detach()),
-        _weights(layer, lambda parameter: parameter.grad),
-        _num_dropped(layer, config),
-    )
-    process_groups.destroy()
-    return result
-
-
-def _spread(layer: MixtureOfExperts, case: Case, ep_rank: int, ep_size: int) -> None:
-    """Weights of size 1 / sqrt(width), the same whole at any EP, and a biased gate."""
-    generator = torch.Generator().manual_seed(case.seed + 1)
-    with torch.no_grad():
-        for _, parameter in sorted(layer.named_parameters(), key=lambda named: named[0]):
-            whole = list(parameter.shape)
-            stacked = parameter.dim() == 3
-            if stacked:
-                whole[0] *= ep_size
-            values = torch.randn(whole, generator=generator, dtype=torch.float64)
-            values /= whole[-1] ** 0.5
-            parameter.copy_(values.chunk(ep_size)[ep_rank] if stacked else values)
-        gate = layer.router.weight
-        if case.skew is None:
-            gate.zero_()
-        else:
-            gate[:, 0] += case.skew * torch.linspace(-1, 1, gate.size(0))
-
-
-def _weights(layer: MixtureOfExperts, of: object) -> Weights:
-    assert callable(of)
-    shared = layer.shared_experts
-    return Weights(
-        *(
-            of(parameter).double()
-            for parameter in (
-                layer.router.weight,
-                layer.experts.fc1,
-                layer.experts.fc2,
-                shared.linear_fc1.weight,
-                shared.linear_fc2.weight,
-            )
-        )
-    )
-
-
-def _num_dropped(layer: MixtureOfExperts, config: RunConfig) -> float:
-    model = config.model
-    return float(layer.statistics[model.num_routed_experts + model.num_device_groups + 4])
 
 
 def _whole(parts: list[Weights]) -> Weights:
@@ -166,7 +41,7 @@ def _compare(world: World, ep: int, precision: str, case: Case) -> int:
     """Hold a layer against the reference; returns how many assignments were dropped."""
     config = layer_config(ep, precision, *case.overrides)
     results: list[Result] = world.run(layer_on_rank, ep, config, case)
-    hidden, gradient = _inputs(case, config.model.hidden_size)
+    hidden, gradient = inputs_of(case, config.model.hidden_size)
     weights = _whole([result.weights for result in results])
     for tensor in vars(weights).values():
         tensor.requires_grad_()

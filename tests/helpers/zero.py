@@ -86,7 +86,7 @@ class Rank:
         chunk.finish_grad_sync()
         if self.case.sabotage == "missing bucket":
             chunk.bucket_groups[0].buckets[0].grad_data.zero_()
-        return self.optimizer.step(LEARNING_RATES[step]).grad_norm.item()
+        return self.optimizer.step(LEARNING_RATES[step]).item()
 
     def _gradients(self, step: int, microbatch: int) -> Iterator[tuple[str, Tensor]]:
         """Dense: this rank's own. Experts: what the tokens of the whole EP group ask of ours."""

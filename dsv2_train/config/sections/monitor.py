@@ -10,13 +10,13 @@ from dsv2_train.config.sections.base import Section
 class AlertConfig(Section):
     """When routing goes wrong: a rule that a layer breaks in `patience_rows` rows in a row.
 
-    `min_load_entropy`: entropy of the load of a layer's experts, as a share of an even load's.
+    `min_load_evenness`: entropy of the load of a layer's experts, over that of an even one.
     `max_device_load`: load of a device group over its budget, which is `recipe.capacity_factor`
     times the mean, or the mean where nothing is dropped. An expert without a token breaks a rule of
     its own.
     """
 
-    min_load_entropy: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    min_load_evenness: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     max_device_load: PositiveFloat = 1.5
     patience_rows: PositiveInt = 5
 
@@ -24,11 +24,11 @@ class AlertConfig(Section):
 class MonitorConfig(Section):
     """Metrics go to the console, to metrics.jsonl and to wandb.
 
-    Every `expert_map_every_rows`-th row comes with a map of all layers and experts.
+    A map of all layers and experts comes every `expert_map_every_steps`.
     """
 
     log_every_steps: PositiveInt = 10
-    expert_map_every_rows: PositiveInt = 10
+    expert_map_every_steps: PositiveInt = 100
     wandb: Literal["online", "offline", "disabled"]
     wandb_project: str = Field(default="dsv2_train", min_length=1)
     alerts: AlertConfig = AlertConfig()

@@ -86,8 +86,8 @@ class DeviceCapacity:
     group: dist.ProcessGroup | None
 
     @torch.no_grad()
-    def surviving(self, affinities: Tensor, experts: Tensor, exempt: Tensor) -> Tensor:
-        """Decide, the same on every rank of the group.
+    def decide(self, affinities: Tensor, experts: Tensor, exempt: Tensor) -> Tensor:
+        """Which assignments survive, the same on every rank of the group.
 
         Args:
             affinities: [S, B, E], of this rank's micro-batch.

@@ -42,7 +42,7 @@ class Dispatch(Protocol):
         """Start to send back [N, h], the experts' output times the gate values."""
 
     def combined(self) -> Tensor:
-        """Wait; then the sum over each token's experts, [T, h] or in the shape of the input."""
+        """Wait; then the sum over each token's experts, [T, h]."""
 
 
 class LocalDispatch:
@@ -120,7 +120,7 @@ class MegatronDispatch:
     """One of megatron-core's dispatchers, for comparison and for DeepEP; nothing overlaps.
 
     Args:
-        hidden: [S, B, h].
+        hidden: [T, h].
         gates: [T, E].
         routed: [T, E] bool, K assignments a token: these dispatchers count on it.
         dispatcher: the layer's.
@@ -144,7 +144,7 @@ class MegatronDispatch:
         )
 
     def combined(self) -> Tensor:
-        """[S, B, h]."""
+        """[T, h]."""
         return self._dispatcher.combine_postprocess(self._returned)
 
 

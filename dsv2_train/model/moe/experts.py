@@ -21,7 +21,8 @@ class GroupedExperts(nn.Module):
         num_local_experts: int,
         config: DeepSeekV2TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
-        implementation: Implementation = "loop",
+        *,
+        implementation: Implementation,
     ) -> None:
         super().__init__()
         width, hidden = config.moe_ffn_hidden_size, config.hidden_size

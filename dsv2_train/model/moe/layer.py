@@ -40,8 +40,20 @@ class MixtureOfExperts(MoELayer):
         submodules: MoESubmodules | None = None,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        dispatcher: str,
     ) -> None:
+        """Build as megatron-core does.
+
+        Args:
+            config: of the model.
+            submodules: classes of router, routed and shared experts.
+            layer_number: of the layer, from 1.
+            pg_collection: the rank's process groups.
+            dispatcher: as `implementation.choose` resolved it; `none` where nothing travels.
+        """
         super().__init__(config, submodules, layer_number, pg_collection)
+        self._dispatcher = dispatcher
         self._capacity: DeviceCapacity | None = None
         if config.capacity_factor is not None:
             group = self.ep_group if config.capacity_scope == "ep_group" else None
@@ -65,6 +77,9 @@ class MixtureOfExperts(MoELayer):
 
         Returns:
             [S, B, h] and no bias.
+
+        Raises:
+            FloatingPointError: for router logits that are not finite, before anything is sent.
 
         Note:
             Communication: see `DeviceCapacity` and `ExpertParallelDispatch`. Recomputation repeats
@@ -94,7 +109,7 @@ class MixtureOfExperts(MoELayer):
         config, kept = self.config, None
         if self._capacity is not None:
             assert self.exempt is not None, "capacity needs to know which sequences are exempt"
-            kept = self._capacity.surviving(routing.affinities, routing.experts, self.exempt)
+            kept = self._capacity.decide(routing.affinities, routing.experts, self.exempt)
         exempt = None if kept is None else self.exempt
         self.statistics += count(routing, kept, exempt, config.num_device_groups).flatten()
         if kept is None:
@@ -103,23 +118,19 @@ class MixtureOfExperts(MoELayer):
 
     def _mix(self, hidden_states: Tensor, gates: Tensor, routed: Tensor) -> Tensor:
         """[S, B, h], gate values [T, E] and assignments [T, E] -> the layer's output [S, B, h]."""
-        dispatch = self._dispatch(hidden_states, gates, routed)
         overlap = self.config.overlap_shared_experts
+        dispatch = self._dispatch(hidden_states.flatten(0, 1), gates, routed)
         activation = self.shared_experts.activation(hidden_states) if overlap else None
         rows = dispatch.arrived()
         expert_output, _ = self.experts(rows.rows, rows.tokens_per_expert, rows.gates)
         dispatch.issue_combine(expert_output)
-        if activation is not None:
-            shared = self.shared_experts.output(activation)
-            return dispatch.combined().view_as(shared) + shared
-        combined = dispatch.combined()
-        shared = self.shared_experts(hidden_states)
-        return combined.view_as(shared) + shared
+        shared = None if activation is None else self.shared_experts.output(activation)
+        combined = dispatch.combined().view_as(hidden_states)
+        return combined + (self.shared_experts(hidden_states) if shared is None else shared)
 
-    def _dispatch(self, hidden_states: Tensor, gates: Tensor, routed: Tensor) -> Dispatch:
-        if self.config.dispatcher != "device_dedup":
-            return MegatronDispatch(hidden_states, gates, routed, self.token_dispatcher)
-        rows = hidden_states.flatten(0, 1)
-        if self.ep_group.size() == 1:
-            return LocalDispatch(rows, gates, routed)
-        return ExpertParallelDispatch(rows, gates, routed, self.ep_group)
+    def _dispatch(self, tokens: Tensor, gates: Tensor, routed: Tensor) -> Dispatch:
+        if self._dispatcher == "none":
+            return LocalDispatch(tokens, gates, routed)
+        if self._dispatcher == "device_dedup":
+            return ExpertParallelDispatch(tokens, gates, routed, self.ep_group)
+        return MegatronDispatch(tokens, gates, routed, self.token_dispatcher)

@@ -6,8 +6,8 @@ from dsv2_train.config.sections.monitor import AlertConfig
 from dsv2_train.monitor.alerts import Alerts
 from dsv2_train.monitor.metrics import layer_key
 
-CONFIG = AlertConfig(min_load_entropy=0.5, max_device_load=1.5, patience_rows=3)
-GOOD = {"expert_load_entropy": 0.9, "dead_experts": 0.0, "device_load_max_over_mean": 1.1}
+CONFIG = AlertConfig(min_load_evenness=0.5, max_device_load=1.5, patience_rows=3)
+GOOD = {"expert_load_evenness": 0.9, "dead_experts": 0.0, "device_load_max_over_mean": 1.1}
 
 
 def row(*layers: int, **bad: float) -> dict[str, float]:
@@ -22,7 +22,7 @@ def row(*layers: int, **bad: float) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("expert_load_entropy", 0.31, "routing collapses onto few experts: the entropy of their"),
+        ("expert_load_evenness", 0.31, "routing collapses onto few experts: the entropy of their"),
         ("dead_experts", 7.0, "dead experts: up to 7 of a layer got no token"),
         ("device_load_max_over_mean", 1.71, "over its budget: it was routed 1.71 times the mean"),
     ],
@@ -52,8 +52,8 @@ def test_it_is_told_again_after_it_was_good() -> None:
 def test_layers_that_break_a_rule_together_are_one_sentence() -> None:
     alerts = Alerts(CONFIG, device_budget=1.0)
     for _ in range(2):
-        alerts.check(row(1, 3, expert_load_entropy=0.2))
-    (sentence,) = alerts.check(row(1, 3, expert_load_entropy=0.2))
+        alerts.check(row(1, 3, expert_load_evenness=0.2))
+    (sentence,) = alerts.check(row(1, 3, expert_load_evenness=0.2))
     assert sentence.startswith("layers 1, 3: routing collapses")
 
 

@@ -36,11 +36,11 @@ def step_of(counts: list[list[int]], sent: list[list[int]], **scalars: list[floa
     tokens = table.sum(dim=1) / 2
     statistics = LayerStatistics(
         expert_counts=table,
-        sent_counts=torch.tensor(sent, dtype=torch.float64),
+        reached_counts=torch.tensor(sent, dtype=torch.float64),
         balance_losses=named.pop("balance_losses", torch.ones(len(counts), 3)).double(),
         gate_entropy=named.pop("gate_entropy", ones),
-        num_dropped=named.pop("num_dropped", ones * 0),
-        num_exempt=named.pop("num_exempt", ones * 0),
+        num_dropped_assignments=named.pop("num_dropped", ones * 0),
+        num_exempt_tokens=named.pop("num_exempt", ones * 0),
         num_tokens=tokens,
         num_microbatches=named.pop("num_microbatches", ones),
     )
@@ -70,7 +70,7 @@ def test_loads_equal_numpy(layers: int, groups: int, experts_a_group: int, seed:
         "moe/dead_experts": np.count_nonzero(counts == 0),
         "moe/expert_load_max_over_mean": (counts.max(axis=1) / counts.mean(axis=1)).max(),
         "moe/device_load_max_over_mean": (of_groups.max(axis=1) / of_groups.mean(axis=1)).max(),
-        "moe/expert_load_entropy": entropy.min(),
+        "moe/expert_load_evenness": entropy.min(),
         "moe/devices_per_token": (sent.sum(axis=1) / tokens).mean(),
         "moe/sent_load_max": (sent * groups / (limit * tokens[:, None])).max(),
     }
@@ -82,7 +82,7 @@ def test_even_load_is_one() -> None:
     row = routing_row(step_of([[7] * 6, [3] * 6], [[14] * 3, [6] * 3]), model_of(6, 3))
     assert row["moe/expert_load_max_over_mean"] == 1.0
     assert row["moe/device_load_max_over_mean"] == 1.0
-    assert row["moe/expert_load_entropy"] == pytest.approx(1.0)
+    assert row["moe/expert_load_evenness"] == pytest.approx(1.0)
     assert row["moe/sent_load_max"] == 1.0
     assert row["moe/dead_experts"] == 0
 
@@ -94,7 +94,7 @@ def test_collapse_shows_in_the_layer_that_collapsed() -> None:
     assert row["moe/expert_load_max_over_mean/layer_02"] == 3.0
     assert row["moe/expert_load_max_over_mean"] == 3.0
     assert row["moe/device_load_max_over_mean"] == 3.0
-    assert row["moe/expert_load_entropy"] == pytest.approx(np.log(2) / np.log(6))
+    assert row["moe/expert_load_evenness"] == pytest.approx(np.log(2) / np.log(6))
     assert row["moe/devices_per_token/layer_02"] == 1.0
     assert row["moe/dead_experts"] == row["moe/dead_experts/layer_02"] == 4
 
