@@ -124,7 +124,9 @@ def test_a_mistake_in_a_check_is_not_passed_over(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(folder)
-    monkeypatch.setattr(data_check, "_CHECKS", (lambda config, manifest: config.recipe.no_such_field,))
+    monkeypatch.setattr(
+        data_check, "_CHECKS", (lambda config, manifest: config.recipe.no_such_field,)
+    )
     with pytest.raises(AttributeError, match="no_such_field"):
         check_config(config)
     with pytest.raises(AttributeError, match="no_such_section"):
