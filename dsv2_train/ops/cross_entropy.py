@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_train.ops.main_grad import weight_gradient
+from dsv2_train.ops.main_grad import add_products
 
 # Rows of logits worked on at once: enough for a fast product, few enough for a CPU's cache, and for
 # an allocation that the C library reuses, where it would take larger ones anew from the system.
@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for block, (grad_rows,) in zip(grad_logits, _by_rows(grad_x), strict=True):
             torch.mm(block, weight, out=grad_rows)
         pairs = zip(grad_logits, torch.split(shared_x, _ROWS), strict=True)
-        return grad_x.mul_(share), weight_gradient(weight, pairs), None
+        return grad_x.mul_(share), add_products(weight, pairs), None
 
 
 def _by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dsv2_train.ops.main_grad import gradient_buffer, mark_added
+from dsv2_train.ops.main_grad import add_gradient
 from dsv2_train.ops.swiglu import swiglu_gradient
 
 Implementation = Literal["loop", "grouped_mm"]
@@ -61,7 +61,6 @@ class _Loop:
         counts = tokens_per_expert
         sizes = counts.tolist() if isinstance(counts, Tensor) else list(counts)
         self.used = [expert for expert, size in enumerate(sizes) if size]
-        self.unused = [expert for expert, size in enumerate(sizes) if not size]
         self.sizes = [sizes[expert] for expert in self.used]
 
     def rows_times(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -75,14 +74,11 @@ class _Loop:
             torch.mm(rows, matrices[expert], out=target)
         return out
 
-    def outer(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Gradient [E, A, B] of `weight` from a [T, A] and b [T, B]: per expert, a^T b."""
-        buffer = gradient_buffer(weight)
-        if buffer is not None and buffer.dtype != a.dtype:
-            a, b = a.to(buffer.dtype), b.to(buffer.dtype)
-        gradients = torch.empty_like(weight) if buffer is None else buffer
-        matrices = gradients.unbind(0)
-        beta = 0 if buffer is None else 1
+    def add_outer(self, gradient: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add a^T b of each expert, from a [T, A] and b [T, B], to a gradient [E, A, B]."""
+        if gradient.dtype != a.dtype:
+            a, b = a.to(gradient.dtype), b.to(gradient.dtype)
+        matrices = gradient.unbind(0)
         slices = zip(
             self.used,
             a.t().split_with_sizes(self.sizes, dim=1),
@@ -90,12 +86,7 @@ class _Loop:
             strict=True,
         )
         for expert, left, right in slices:
-            matrices[expert].addmm_(left, right, beta=beta)
-        if buffer is not None:
-            return mark_added(weight)
-        for expert in self.unused:
-            matrices[expert].zero_()
-        return gradients
+            matrices[expert].addmm_(left, right)
 
 
 class _Grouped:
@@ -108,14 +99,9 @@ class _Grouped:
         """[T, a] times the expert's [a, b] of [E, a, b] -> [T, b]."""
         return torch.nn.functional.grouped_mm(x, weights, offs=self._ends(x))
 
-    def outer(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Gradient [E, A, B] of `weight` from a [T, A] and b [T, B]: per expert, a^T b."""
-        gradients = torch.nn.functional.grouped_mm(a.t(), b, offs=self._ends(a))
-        buffer = gradient_buffer(weight)
-        if buffer is None:
-            return gradients
-        buffer.add_(gradients)
-        return mark_added(weight)
+    def add_outer(self, gradient: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add a^T b of each expert, from a [T, A] and b [T, B], to a gradient [E, A, B]."""
+        gradient.add_(torch.nn.functional.grouped_mm(a.t(), b, offs=self._ends(a)))
 
     def _ends(self, x: Tensor) -> Tensor:
         return self.counts.to(x.device, non_blocking=True).cumsum(0, dtype=torch.int32)
@@ -144,9 +130,12 @@ class _GroupedExperts(torch.autograd.Function):
 
         grad_activation = products.rows_times(grad_y, fc2)
         grad_gates = (grad_activation * activation).sum(dim=-1, keepdim=True, dtype=gates.dtype)
-        grad_fc2 = products.outer(fc2, grad_y, activation.mul_(gates))
+        gated = activation.mul_(gates)
+        grad_fc2 = add_gradient(fc2, lambda gradient: products.add_outer(gradient, grad_y, gated))
 
         grad_projected = swiglu_gradient(grad_activation.mul_(gates), projected, silu)
-        grad_fc1 = products.outer(fc1, grad_projected, x)
+        grad_fc1 = add_gradient(
+            fc1, lambda gradient: products.add_outer(gradient, grad_projected, x)
+        )
         grad_x = products.rows_times(grad_projected, fc1)
         return grad_x, grad_fc1, grad_fc2, grad_gates, None

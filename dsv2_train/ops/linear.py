@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_train.ops.main_grad import gradient_buffer, mark_added, weight_gradient
+from dsv2_train.ops.main_grad import add_gradient, add_products
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -66,7 +66,7 @@ class _Linear(torch.autograd.Function):
             return grad_x, None, None
         return (
             grad_x,
-            weight_gradient(weight, [(rows, x.reshape(-1, x.size(-1)).to(rows.dtype))]),
+            add_products(weight, [(rows, x.reshape(-1, x.size(-1)))]),
             None,
         )
 
@@ -80,11 +80,12 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[None, Tensor]:
         tokens, weight = ctx.saved_tensors
-        buffer = gradient_buffer(weight)
-        gradient = torch.zeros_like(weight) if buffer is None else buffer
-        rows = grad_x.flatten(0, -2).to(gradient.dtype)
-        if gradient.is_cuda:  # index_add_ adds in any order there
-            gradient.index_put_((tokens.flatten(),), rows, accumulate=True)
-        else:
-            gradient.index_add_(0, tokens.flatten(), rows)
-        return None, gradient if buffer is None else mark_added(weight)
+
+        def add(gradient: Tensor) -> None:
+            rows = grad_x.flatten(0, -2).to(gradient.dtype)
+            if gradient.is_cuda:  # index_add_ adds in any order there
+                gradient.index_put_((tokens.flatten(),), rows, accumulate=True)
+            else:
+                gradient.index_add_(0, tokens.flatten(), rows)
+
+        return None, add_gradient(weight, add)
