@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import report
 from benchmarks.balance import draw, outcome, train_all
-from benchmarks.dropping import BIAS_STDS, dropped_shares
+from benchmarks.dropping import BIAS_STDS, SEEDS, dropped_shares
 from benchmarks.exchange import (
     COUNTED_EP,
     COUNTED_TOKENS,
@@ -121,7 +121,7 @@ def _exchange(repeats: int) -> None:
 def _dropping(repeats: int) -> None:
     """Shares of assignments dropped at capacity 1.0; nothing is timed."""
     del repeats
-    shares = {str(std): dropped_shares(std) for std in BIAS_STDS}
+    shares = {str(std): [dropped_shares(std, seed) for seed in SEEDS] for std in BIAS_STDS}
     report.print_dropped(shares)
     print(f"\nwritten: {report.write('dropping', {'dropped': shares})}")
 

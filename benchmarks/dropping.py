@@ -16,6 +16,7 @@ from dsv2_train.model.moe.capacity import DeviceCapacity
 from dsv2_train.model.moe.routing import routing_map, select_experts
 
 BIAS_STDS = (0.0, 0.1, 0.3, 0.6)
+SEEDS = range(6)
 _RANKS, _TOKENS_PER_RANK = 8, 4096
 _EXPERTS, _GROUPS, _LIMIT, _TOP_K = 160, 8, 3, 6
 
@@ -35,9 +36,9 @@ class Dropped:
     expert_by_rank: float
 
 
-def dropped_shares(bias_std: float) -> Dropped:
+def dropped_shares(bias_std: float, seed: int) -> Dropped:
     """For one router over 32,768 tokens, at DeepSeek-V2's 160 experts, D 8, M 3, K 6."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     num_tokens = _RANKS * _TOKENS_PER_RANK
     logits = torch.randn(num_tokens, _EXPERTS, generator=generator)
     bias = bias_std * torch.randn(_EXPERTS, generator=generator)

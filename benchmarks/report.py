@@ -3,8 +3,9 @@
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -107,17 +108,18 @@ def print_passes(times: dict[str, Times], of_ours: Ratio, where: str) -> None:
     print(f"megatron-core's time over ours: {show(of_ours)}, {len(times[name].seconds)} pairs")
 
 
-def print_dropped(shares: dict[str, Dropped]) -> None:
-    """Print shares of assignments by the bias of the routers."""
+def print_dropped(shares: dict[str, list[Dropped]]) -> None:
+    """Print shares of assignments by the bias of the routers: mean and range over routers."""
     print(
         "\nassignments dropped at capacity 1.0, 160 experts, D 8, M 3, K 6, 8 ranks x 4,096 tokens"
     )
     print(
-        f"{'bias of experts':>16}{'per device':>14}{'by rank alone':>16}{'per expert (mcore)':>20}"
+        f"{'bias of experts':>16}{'per device':>22}{'by rank alone':>22}{'per expert (mcore)':>22}"
     )
-    for std, one in shares.items():
-        cells = f"{one.device:14.1%}{one.device_by_rank:16.1%}{one.expert_by_rank:20.1%}"
-        print(f"{std:>16}{cells}")
+    for std, routers in shares.items():
+        columns = zip(*(astuple(one) for one in routers), strict=True)
+        cells = (f"{fmean(each):.1%} ({min(each):.1%}-{max(each):.1%})" for each in columns)
+        print(f"{std:>16}" + "".join(f"{cell:>22}" for cell in cells))
 
 
 def print_outcomes(outcomes: dict[str, Outcome]) -> None:

@@ -189,6 +189,31 @@ def _known_dp(config: RunConfig) -> int | None:
     return None
 
 
+def _recomputed_once(config: RunConfig) -> Iterator[Problem]:
+    names = config.parallel.recompute
+    if len(set(names)) != len(names):
+        yield Problem("parallel.recompute", list(names), "must name nothing twice")
+
+
+def _recompute_has_mixtures(config: RunConfig) -> Iterator[Problem]:
+    model, names = config.model, config.parallel.recompute
+    if "moe" in names and model.num_dense_layers >= model.num_layers:
+        allowed = "must not have moe: all layers are dense (model.num_dense_layers)"
+        yield Problem("parallel.recompute", list(names), allowed)
+
+
+def _deepep_has_peers(config: RunConfig) -> Iterator[Problem]:
+    if config.parallel.dispatcher == "deepep" and config.parallel.ep == 1:
+        allowed = "must be more than 1 with parallel.dispatcher=deepep: nothing travels"
+        yield Problem("parallel.ep", 1, allowed)
+
+
+def _deepep_has_bf16(config: RunConfig) -> Iterator[Problem]:
+    if config.parallel.dispatcher == "deepep" and config.recipe.precision != "bf16":
+        allowed = "must be bf16 with parallel.dispatcher=deepep"
+        yield Problem("recipe.precision", config.recipe.precision, allowed)
+
+
 _CHECKS: tuple[Check, ...] = (
     _is_one("parallel.tp"),
     _is_one("parallel.cp"),
@@ -199,6 +224,10 @@ _CHECKS: tuple[Check, ...] = (
     _expert_parallel,
     _only_device_dedup("recipe.capacity_factor", None, "null"),
     _only_device_dedup("parallel.overlap_shared_experts", False, "false"),
+    _deepep_has_peers,
+    _deepep_has_bf16,
+    _recomputed_once,
+    _recompute_has_mixtures,
     _rope,
     _dense_layers,
     _stages,

@@ -3,13 +3,14 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from dsv2_train.config.checks import cross_check
@@ -94,7 +95,7 @@ def _partial(cls: type[M], values: Mapping[str, Any], prefix: str) -> tuple[M, l
                 problems.append(missing(path))
             continue
         section = _section_class(field.annotation)
-        if section is not None and (values[name] is not None or field.is_required()):
+        if section is not None and (values[name] is not None or not _may_be_none(field)):
             valid[name], found = _section(section, values[name], path)
             problems += found
             continue
@@ -107,6 +108,10 @@ def _partial(cls: type[M], values: Mapping[str, Any], prefix: str) -> tuple[M, l
     for name in wrong:
         record.__dict__.pop(name, None)
     return record, problems
+
+
+def _may_be_none(field: FieldInfo) -> bool:
+    return NoneType in get_args(field.annotation)
 
 
 def _plain(section: Section) -> dict[str, Any]:

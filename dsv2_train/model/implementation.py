@@ -74,7 +74,7 @@ def _dispatcher(
 ) -> Choice | Problem:
     if parallel.ep == 1 and asked == "device_dedup":
         return Choice(op, "none", "all experts of a layer are on one rank")
-    if asked == "deepep" and (missing := _why_no_deepep(parallel, device)):
+    if asked == "deepep" and (missing := _why_no_deepep(device)):
         return Problem(f"parallel.{op}", asked, f"not possible here: {missing}")
     reason = "one copy of a token an expert rank" if asked == "device_dedup" else "asked for"
     return Choice(op, asked, reason)
@@ -90,11 +90,9 @@ def _experts(
     return Choice(op, "loop", "fastest on a CPU and flat in the number of experts")
 
 
-def _why_no_deepep(parallel: ParallelConfig, device: torch.device) -> str | None:
+def _why_no_deepep(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "no CUDA device"
-    if parallel.ep == 1:
-        return "parallel.ep is 1, so that nothing travels"
     return PACKAGES["deepep"].why_missing()
 
 

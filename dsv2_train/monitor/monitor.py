@@ -11,7 +11,7 @@ from dsv2_train.monitor.alerts import Alerts
 from dsv2_train.monitor.expert_map import ExpertMap, decode_map, encode_map, picture
 from dsv2_train.monitor.metrics import check_row
 from dsv2_train.monitor.plots import draw_plots
-from dsv2_train.monitor.rows import encode_row, step_of_row
+from dsv2_train.monitor.rows import encode_row, read_rows, step_of_row
 from dsv2_train.monitor.sinks.console import ConsoleSink
 from dsv2_train.monitor.sinks.jsonl import JsonlSink
 from dsv2_train.monitor.sinks.wandb import WandbSink
@@ -59,6 +59,8 @@ class Monitor:
         for sink in (self._rows, self._maps):
             if sink.moved_aside is not None:
                 self.message(f"rows after step {first_step} moved to {sink.moved_aside}")
+        for row in read_rows(self.metrics_path):
+            self._alerts.check(row)  # told before; what counts is how long a rule is broken
         self._wandb: WandbSink | None = None
         if config.wandb != "disabled":
             self._wandb = WandbSink(

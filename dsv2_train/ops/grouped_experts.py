@@ -97,11 +97,14 @@ class _Grouped:
 
     def rows_times(self, x: Tensor, weights: Tensor) -> Tensor:
         """[T, a] times the expert's [a, b] of [E, a, b] -> [T, b]."""
+        if not x.size(0):
+            return x.new_empty(0, weights.size(2))
         return torch.nn.functional.grouped_mm(x, weights, offs=self._ends(x))
 
     def add_outer(self, gradient: Tensor, a: Tensor, b: Tensor) -> None:
         """Add a^T b of each expert, from a [T, A] and b [T, B], to a gradient [E, A, B]."""
-        gradient.add_(torch.nn.functional.grouped_mm(a.t(), b, offs=self._ends(a)))
+        if a.size(0):
+            gradient.add_(torch.nn.functional.grouped_mm(a.t(), b, offs=self._ends(a)))
 
     def _ends(self, x: Tensor) -> Tensor:
         return self.counts.to(x.device, non_blocking=True).cumsum(0, dtype=torch.int32)

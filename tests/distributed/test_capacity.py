@@ -152,3 +152,20 @@ def test_a_run_exempts_samples_by_their_id_and_counts_steps_apart(
         assert 1 <= row["moe/devices_per_token"] <= config.model.num_limited_devices
         shares.append(row["moe/exempt_share"])
     assert len(set(shares)) > 1
+
+
+@pytest.mark.parametrize(("capacity", "is_over"), [("1.0", True), ("100", False)])
+def test_alerts_hold_device_loads_against_the_budget_of_the_run(
+    world: World, tmp_path: Path, capacity: str, is_over: bool
+) -> None:
+    config = run_config(
+        tmp_path,
+        synthetic_folder(tmp_path / "data"),
+        "parallel.world_size=1",
+        f"recipe.capacity_factor={capacity}",
+        "monitor.alerts={max_device_load:1.0,min_load_evenness:0.0,patience_rows:1}",
+    )
+    first = world.run(_rows, 1, config)[0][0]
+    assert 1.0 < first["moe/device_load_max_over_mean"] < 100
+    has_dead = first["moe/dead_experts"] > 0
+    assert first.get("moe/num_alerts", 0) == has_dead + is_over

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dsv2_train.config.run import RunConfig
+from dsv2_train.monitor.expert_map import decode_map
 from dsv2_train.monitor.rows import read_rows
 from dsv2_train.train import loop
 from dsv2_train.train.run import Run
@@ -151,7 +152,7 @@ def test_model_and_first_steps_do_not_depend_on_the_layout(
 
 
 def _rows(rank: int, config: RunConfig) -> tuple[list[dict[str, float]], float]:
-    """A whole run: its rows, and on one rank the validation loss worked out sample by sample."""
+    """A whole run: its rows, and on one rank its validation loss worked out sample by sample."""
     run = open_run(rank, config)
     loop.train(run)
     by_hand = 0.0
@@ -176,7 +177,8 @@ def test_a_run_tells_the_same_at_any_layout(
     def run(name: str) -> tuple[list[dict[str, float]], float]:
         size, overrides = LAYOUTS[name]
         folder = tmp_path / name.replace(" ", "")
-        config = run_config(folder, data, f"parallel.world_size={size}", *overrides)
+        maps = "monitor.expert_map_every_steps=2"
+        config = run_config(folder, data, f"parallel.world_size={size}", maps, *overrides)
         rows: list[tuple[list[dict[str, float]], float]] = world.run(_rows, size, config)
         return rows[0]
 
@@ -193,6 +195,9 @@ def test_a_run_tells_the_same_at_any_layout(
         for key in told:
             # After six steps of fp32 sums in other orders.
             assert row[key] == pytest.approx(other[key], rel=1e-4), key
+    lines = (tmp_path / layout.replace(" ", "") / "expert_map.jsonl").read_text().splitlines()
+    maps = [decode_map(line) for line in lines]
+    assert [(step, one.layers) for step, one in maps] == [(step, [1, 2, 3]) for step in (2, 4, 6)]
 
 
 def test_a_balance_loss_of_half_the_weight_is_another_gradient(

@@ -1,11 +1,11 @@
 """A stop asked of one rank, and numbers that are none, end all ranks at the same step."""
 
+import math
 import os
 import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.monitor.rows import read_rows
@@ -43,8 +43,8 @@ def test_a_stop_asked_of_one_rank_saves_once_at_one_step(
     assert saved == ["step_00000003"]
 
 
-def _poisoned(rank: int, config: RunConfig, name: str) -> str:
-    """Train with a module of the last rank getting bad numbers from step 2 on; what is raised."""
+def _poisoned(rank: int, config: RunConfig, name: str, bad: float = math.nan) -> str:
+    """Train with a module of the last rank getting `bad` from step 2 on; what is raised."""
     run = open_run(rank, config)
     begin_step = run.telemetry.begin_step
 
@@ -52,7 +52,7 @@ def _poisoned(rank: int, config: RunConfig, name: str) -> str:
         begin_step()
         if run.clock.step == 1 and rank == config.parallel.world_size - 1:
             module = run.chunk.module.get_submodule(name)
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * torch.nan, *inputs[1:]))
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0] + bad, *inputs[1:]))
 
     run.telemetry.begin_step = poison_one  # type: ignore[method-assign]
     try:
@@ -73,15 +73,16 @@ def test_a_bad_gradient_norm_stops_every_rank_and_is_no_row(world: World, tmp_pa
     assert [row["step"] for row in read_rows(config.run.folder / "metrics.jsonl")] == [1]
 
 
-def _poisoned_and_gone(rank: int, config: RunConfig, told: Path) -> None:
+def _poisoned_and_gone(rank: int, config: RunConfig, told: Path, bad: float) -> None:
     """As a rank of a run, which ends with what it raises."""
-    said = _poisoned(rank, config, "decoder.layers.2.mlp.router")
+    said = _poisoned(rank, config, "decoder.layers.2.mlp.router", bad)
     (told / str(rank)).write_text(said)
     os._exit(1)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_router_logits_are_told_by_step_layer_and_rank(
-    pytestconfig: pytest.Config, tmp_path: Path
+    pytestconfig: pytest.Config, tmp_path: Path, bad: float
 ) -> None:
     """Its peer in the exchange is not left waiting: it fails as soon as the rank is gone."""
     config = run_config(
@@ -89,7 +90,7 @@ def test_bad_router_logits_are_told_by_step_layer_and_rank(
     )
     world = World(pytestconfig.getini("filterwarnings"))
     with pytest.raises(ChildProcessError):
-        world.run(_poisoned_and_gone, 2, config, tmp_path, timeout_s=60)
+        world.run(_poisoned_and_gone, 2, config, tmp_path, bad, timeout_s=60)
     peer, bad = ((tmp_path / str(rank)).read_text() for rank in range(2))
     assert bad.startswith("step 2: layer 2 on rank 1: ")
     assert bad.endswith("384 of 384 router logits are not finite")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from dsv2_train.cli.main import EXIT_CONFIG_ERROR, EXIT_FAILED
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_KEPT_LINES = 200
 _GRACE_S = 5.0
 
 
@@ -60,7 +58,7 @@ def run_ranks(worker: Sequence[str], num_ranks: int, log_dir: Path) -> Outcome:
         preexec_fn=_die_with_launcher,
     )
     assert process.stderr is not None
-    said: deque[str] = deque(maxlen=_KEPT_LINES)
+    said: list[str] = []
     reader = threading.Thread(target=_pass_on, args=(process.stderr, said), daemon=True)
     reader.start()
     with _forwarded_signals(process) as received:
@@ -91,7 +89,7 @@ def _environment(num_ranks: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, **os.environ}
 
 
-def _pass_on(stream: IO[bytes], said: deque[str]) -> None:
+def _pass_on(stream: IO[bytes], said: list[str]) -> None:
     for line in stream:
         sys.stderr.buffer.write(line)
         sys.stderr.flush()

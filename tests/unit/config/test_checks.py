@@ -57,6 +57,10 @@ DISAGREEING = [
         ["parallel.dispatcher=deepep", "recipe.capacity_factor=1.0"],
         "recipe.capacity_factor",
     ),
+    (["parallel.dispatcher=deepep", "parallel.pp=4", "parallel.ep=1"], "parallel.ep"),
+    (["parallel.dispatcher=deepep", "recipe.precision=fp32"], "recipe.precision"),
+    (["parallel.recompute=[moe,moe]"], "parallel.recompute"),
+    (["parallel.recompute=[moe]", "model.num_dense_layers=4"], "parallel.recompute"),
 ]
 
 

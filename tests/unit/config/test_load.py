@@ -27,6 +27,7 @@ def problems_of(*overrides: str) -> dict[str, str]:
         ),
         ("model.num_layer=3", "model.num_layer", "found 3; unknown key, did you mean num_layers?"),
         ("model.yarn={fctor:2}", "model.yarn.fctor", "did you mean factor?"),
+        ("monitor.alerts=null", "monitor.alerts", "must be a section with keys min_load_evenness"),
         ("model.yarn=40", "model.yarn", "must be a section with keys factor"),
         ("model.yarn={factor:2}", "model.yarn.original_max_position", "required, set it"),
         ("recipe.batch_ramp={ramp_tokens:x}", "recipe.batch_ramp.ramp_tokens", "found 'x'"),

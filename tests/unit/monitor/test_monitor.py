@@ -116,6 +116,22 @@ def test_an_alert_is_said_counted_and_given_to_wandb(
     assert len(told) == 1 and told[0].startswith(sentence)
 
 
+def test_a_resumed_run_alerts_as_an_undisturbed_one(tmp_path: Path) -> None:
+    config = MonitorConfig(wandb="disabled", alerts=AlertConfig(patience_rows=3))
+    bad = {"moe/dead_experts/layer_03": 2.0}
+    straight = start(tmp_path / "straight", config)
+    for step in range(1, 7):
+        record(straight, step, **bad)
+    straight.close()
+    for first_step, steps in ((0, (1, 2, 3, 4)), (2, (3, 4)), (4, (5, 6))):
+        resumed = start(tmp_path / "resumed", config, first_step)
+        for step in steps:
+            record(resumed, step, **bad)
+        resumed.close()
+    assert read_rows(resumed.metrics_path) == read_rows(straight.metrics_path)
+    assert sum(row.get("moe/num_alerts", 0) for row in read_rows(resumed.metrics_path)) == 1
+
+
 def test_plots_and_messages_are_possible_after_close(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

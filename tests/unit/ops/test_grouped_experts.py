@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_output() -> None:
     assert torch.autograd.gradcheck(run, inputs)
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 4], [7]])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 4], [7], [0, 0]])
 def test_grouped_mm_equals_loop(counts: list[int]) -> None:
     x, fc1, fc2, gates = inputs = random_inputs(counts, torch.float32)
     results = []

@@ -119,6 +119,12 @@ def test_shares_and_losses_are_means() -> None:
     assert row["moe/communication_balance_loss"] == 2.0
 
 
+def test_the_dropped_share_is_of_all_assignments() -> None:
+    """Nine tokens of three experts each, in at most two device groups: M is not K."""
+    step = step_of([[3] * 6], [[6] * 3], num_dropped=[9])
+    assert routing_row(step, model_of(6, 3, top_k=3))["moe/dropped_share"] == 9 / 27
+
+
 def test_nothing_routed_is_an_empty_row() -> None:
     nothing = LayerStatistics.unflatten(torch.zeros(0, num_statistics(6, 3)), 6, 3)
     assert routing_row(RoutedStep([], nothing), model_of(6, 3)) == {}
