@@ -174,18 +174,19 @@ def _rows(rank: int, config: RunConfig) -> tuple[list[dict[str, float]], float]:
 def test_a_run_tells_the_same_at_any_layout(
     world: World, data: Path, tmp_path: Path, layout: str
 ) -> None:
-    def run(name: str) -> tuple[list[dict[str, float]], float]:
+    def run(name: str) -> tuple[list[dict[str, float]], float, list[str]]:
         size, overrides = LAYOUTS[name]
         folder = tmp_path / name.replace(" ", "")
         maps = "monitor.expert_map_every_steps=2"
         config = run_config(folder, data, f"parallel.world_size={size}", maps, *overrides)
         rows: list[tuple[list[dict[str, float]], float]] = world.run(_rows, size, config)
-        return rows[0]
+        lines = (config.run.folder / "expert_map.jsonl").read_text().splitlines()
+        return *rows[0], lines
 
-    expected, by_hand = run("PP1 EP1")
+    expected, by_hand, _ = run("PP1 EP1")
     # fp32 means over the samples of a micro-batch.
     assert expected[-1]["eval/loss"] == pytest.approx(by_hand, rel=1e-6)
-    rows, _ = run(layout)
+    rows, _, lines = run(layout)
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     assert [row["step"] for row in rows if "eval/loss" in row] == [3, 6]
     for row, other in zip(rows, expected, strict=True):
@@ -195,7 +196,6 @@ def test_a_run_tells_the_same_at_any_layout(
         for key in told:
             # After six steps of fp32 sums in other orders.
             assert row[key] == pytest.approx(other[key], rel=1e-4), key
-    lines = (tmp_path / layout.replace(" ", "") / "expert_map.jsonl").read_text().splitlines()
     maps = [decode_map(line) for line in lines]
     assert [(step, one.layers) for step, one in maps] == [(step, [1, 2, 3]) for step in (2, 4, 6)]
 

@@ -31,7 +31,11 @@ def paths_of(*overrides: str, need_data: bool = True) -> list[str]:
 
 @pytest.mark.usefixtures("nothing_installed")
 def test_every_package_that_is_asked_for_and_missing_is_named() -> None:
-    others = ("parallel.overlap_shared_experts=false", "recipe.capacity_factor=null")
+    others = (
+        "parallel.overlap_shared_experts=false",
+        "recipe.capacity_factor=null",
+        "recipe.precision=bf16",
+    )
     overrides = (*TE, "parallel.dispatcher=deepep", *others)
     asked = [override.partition("=")[0] for override in (*TE, "parallel.dispatcher=")]
     for adam in ("te", "apex", "deepspeed_cpu"):
