@@ -53,8 +53,8 @@ class Action:
         takes: message to wait for; None where the input is at hand.
         op: what to compute.
         sends: message to send. Nothing may wait for it but its buffer, which is kept until it is
-            sent: stages that wait for their sends before they go on can deadlock (interleaved_zb
-            does, where m is not a multiple of p).
+            sent: stages that wait for their sends before they go on can deadlock
+            (interleaved_zb does, with four chunks on 16 stages).
     """
 
     posts: tuple[Message, ...]

@@ -73,7 +73,7 @@ def simulate(plan: Plan, costs: Costs, program: Program | None = None) -> Simula
         starts_s=tuple(map(tuple, run.starts_s)),
         ends_s=tuple(map(tuple, run.ends_s)),
         step_s=step_s,
-        bubble=1 - work_s / stage_time_s if stage_time_s else 0.0,
+        bubble=max(0.0, 1 - work_s / stage_time_s) if stage_time_s else 0.0,
         peak_activations=peak_activations(plan),
     )
 

@@ -1,5 +1,7 @@
 """Layouts, costs and plans that hypothesis draws."""
 
+from random import Random
+
 from hypothesis import strategies as st
 
 from dsv2_train.config.schedules import SCHEDULES, placement_shape
@@ -27,15 +29,17 @@ def bubble_of(idle: float, num_microbatches: int, work: float = 4.29) -> float:
     return idle / (num_microbatches * work + idle)
 
 
-durations = st.floats(0.0, 10.0)
-
-
 @st.composite
 def costs(draw: st.DrawFn, place: Placement) -> Costs:
     """Every virtual stage with costs of its own, some of them zero."""
-    count = place.num_virtual_stages
-    each = st.lists(durations, min_size=count, max_size=count).map(tuple)
-    return Costs(draw(each), draw(each), draw(each), draw(st.sampled_from([0.0, 0.1, 3.0])))
+    random = Random(draw(st.integers(0, 2**32)))
+    zeros = draw(st.sampled_from([0.0, 0.1, 0.5]))
+
+    def drawn() -> tuple[float, ...]:
+        count = range(place.num_virtual_stages)
+        return tuple(0.0 if random.random() < zeros else random.uniform(0, 10) for _ in count)
+
+    return Costs(drawn(), drawn(), drawn(), draw(st.sampled_from([0.0, 0.1, 3.0])))
 
 
 @st.composite

@@ -35,7 +35,7 @@ class World:
                     self.channels[stage, target].append(value)
         self.sent_s: dict[Value, float] = {}
         self.posted_s: dict[Value, float] = {}
-        self.taken: set[Value] = set()
+        self.taken: list[set[Value]] = [set() for _ in stages]
         self.unsent: dict[tuple[int, int], int] = defaultdict(int)
         self.events: list[tuple[float, int, str, Value | None]] = []
 
@@ -93,7 +93,7 @@ class World:
         if value is not None and value not in self.here[stage]:
             return
         if value is not None:
-            self.taken.add(value)
+            self.taken[stage].add(value)
         virtual_stage = self.plan.placement.virtual_stage(stage, op.chunk)
         end_s = now + self.costs.duration_s(op.kind, virtual_stage)
         self.spans[stage].append((now, end_s))
@@ -109,7 +109,7 @@ class World:
         self, source: int, target: int, values: list[Value], needed: Value | None, now: float
     ) -> None:
         count = sum(value in self.posted_s for value in values)
-        waiting = sum(value not in self.taken for value in values[:count])
+        waiting = sum(value not in self.taken[target] for value in values[:count])
         at_least = values.index(needed) + 1 if needed in values else 0
         while count < len(values) and (waiting < self.ahead or count < at_least):
             self.posted_s[values[count]] = now

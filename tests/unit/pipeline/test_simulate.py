@@ -202,7 +202,7 @@ def without_a_post(program: Program, stage: int) -> Program:
 
 def test_a_receive_that_is_never_posted_is_found() -> None:
     plan = fixed.build("1f1b", Placement(2, 1, "loop"), 1)
-    with pytest.raises(PlanError, match="F of microbatch 0, chunk 0 of stage 0, stage 0 waits at"):
+    with pytest.raises(PlanError, match="stage 1 waits at F of microbatch 0, chunk 0 for F of"):
         simulate(plan, v2_costs(plan.placement), without_a_post(with_messages(plan), 1))
 
 
