@@ -28,6 +28,13 @@ def build(schedule: str, placement: Placement, num_microbatches: int) -> Plan:
     return Plan(schedule, placement, m, tuple(tuple(_numbered(order, m)) for order in turns))
 
 
+def schedules_of(placement: Placement) -> tuple[str, ...]:
+    """The schedules here that have this placement."""
+    if placement.shape == "v":
+        return ("zb_v",)
+    return ("1f1b", "zb_h1") if placement.num_chunks == 1 else ("interleaved", "interleaved_zb")
+
+
 def one_f_one_b(p: int, stage: int, m: int, v: int) -> Iterator[Turn]:
     """1F1B, v = 1: after its first forwards a stage alternates.
 

@@ -54,10 +54,14 @@ def search(
         costs: durations by virtual stage.
         max_activations: chunk activations that a stage may hold, at least the number of chunks.
         max_placed: effort, as ops put in order by all passes together.
+
+    Returns:
+        A plan no slower than any schedule with a formula that has this placement and this room.
     """
     problem = Problem(placement, num_microbatches, _in_ticks(costs), max_activations)
-    names = ("zb_v",) if placement.shape == "v" else ("interleaved_zb", "interleaved")
-    known = [fixed.build(name, placement, num_microbatches) for name in names]
+    known = [
+        fixed.build(name, placement, num_microbatches) for name in fixed.schedules_of(placement)
+    ]
     orders = [_best_pass(problem, known, max_placed).orders]
     orders += [plan.ops for plan in known if max(peak_activations(plan)) <= max_activations]
     plans = [Plan("search", placement, num_microbatches, each) for each in orders]

@@ -11,7 +11,7 @@ from dsv2_train.pipeline.messages import Program, with_messages
 from dsv2_train.pipeline.plans import Kind, Op, Placement, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.simulate import PlanError, peak_activations, simulate, validate
-from tests.unit.pipeline.drawn import FIXED, costs, fixed_plans, placement, v2_costs
+from tests.unit.pipeline.drawn import costs, fixed_plans, v2_costs
 from tests.unit.pipeline.events import World
 
 ZB = fixed.build("zb_h1", Placement(4, 1, "loop"), 6)
@@ -41,23 +41,6 @@ def test_the_times_are_those_of_an_event_simulation(
     # The same sums and maxima in the same order: equal to the bit.
     assert [list(zip(*spans, strict=True)) for spans in stages] == world.spans
     assert found.step_s == max(spans[-1][1] for spans in world.spans)
-
-
-@settings(max_examples=30)
-@given(fixed_plans())
-def test_every_schedule_runs_every_layout(plan: Plan) -> None:
-    simulation = simulate(plan, v2_costs(plan.placement))
-    assert 0 <= simulation.bubble < 1
-    assert len(simulation.starts_s) == plan.placement.num_stages
-
-
-@pytest.mark.parametrize("schedule", FIXED)
-def test_every_schedule_runs_the_largest_layout(schedule: str) -> None:
-    place = placement(schedule, 32, {"1f1b": 1, "zb_h1": 1, "zb_v": 2}.get(schedule, 4))
-    plan = fixed.build(schedule, place, 128)
-    assert simulate(plan, v2_costs(place)).bubble < 0.2
-    if schedule != "interleaved":
-        assert max(peak_activations(plan)) == 32 * place.num_chunks
 
 
 def test_activations_are_held_from_f_to_w() -> None:
