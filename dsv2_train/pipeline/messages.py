@@ -1,0 +1,138 @@
+"""What crosses between stages: who sends what when, and when its receive is posted.
+
+For each ordered pair of stages there is one channel. Its messages are the results of the sender's
+ops that the other stage needs, in the order of the sender's plan; activations and gradients share
+it where they go the same way. The receiver posts its receives of a channel in this very order, each
+one as early as this allows:
+
+    receive j is posted before the first action at which fewer than `receives_ahead` earlier ones
+    are posted and not taken; at the latest before the action that takes message j or a later one
+    of the channel.
+
+So what an op waits for is always posted, in whatever order a plan takes messages; a stage has more
+than `receives_ahead` of a channel posted and not taken only where its plan takes them out of order.
+"""
+
+import heapq
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsv2_train.pipeline.plans import Kind, Op, Plan
+
+RECEIVES_AHEAD = 4  # two on the way in each direction of the model
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The result of an op, needed on another stage.
+
+    Attributes:
+        source: stage that computes it.
+        target: stage that needs it.
+        made_by: op on `source`.
+        taken_by: op on `target`.
+    """
+
+    source: int
+    target: int
+    made_by: Op
+    taken_by: Op
+
+    def __str__(self) -> str:
+        return f"{self.made_by} (stage {self.source} to stage {self.target})"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One op and the messages around it, in the order of the fields.
+
+    Attributes:
+        posts: receives to post, without waiting.
+        takes: message to wait for; None where the input is at hand.
+        op: what to compute.
+        sends: message to send. Nothing may wait for it but its buffer, which is kept until it is
+            sent: stages that wait for their sends before they go on can deadlock
+            (interleaved_zb does, with four chunks on 16 stages).
+    """
+
+    posts: tuple[Message, ...]
+    takes: Message | None
+    op: Op
+    sends: Message | None
+
+
+Program = tuple[tuple[Action, ...], ...]  # for each stage its actions in order
+
+
+def with_messages(plan: Plan, receives_ahead: int = RECEIVES_AHEAD) -> Program:
+    """Add to each op of a plan what its stage receives before and sends after it.
+
+    Args:
+        plan: one whose every op is there (`simulate.validate`).
+        receives_ahead: posted receives of a channel that are not taken yet, at least 1.
+    """
+    sends = _sends(plan)
+    channels: dict[tuple[int, int], list[Message]] = defaultdict(list)
+    for message in itertools.chain.from_iterable(sends):
+        if message is not None:
+            channels[message.source, message.target].append(message)
+    places = [{op: place for place, op in enumerate(ops)} for ops in plan.ops]
+    takes: list[dict[Op, Message]] = [{} for _ in plan.ops]
+    posts: list[dict[int, list[Message]]] = [defaultdict(list) for _ in plan.ops]
+    for (_, target), messages in channels.items():
+        taken = [places[target][message.taken_by] for message in messages]
+        for message, place in zip(messages, post_places(taken, receives_ahead), strict=True):
+            takes[target][message.taken_by] = message
+            posts[target][place].append(message)
+    return tuple(
+        tuple(
+            Action(tuple(posts[stage].get(place, ())), takes[stage].get(op), op, sent)
+            for place, (op, sent) in enumerate(zip(ops, sends[stage], strict=True))
+        )
+        for stage, ops in enumerate(plan.ops)
+    )
+
+
+def post_places(taken: Sequence[int], receives_ahead: int) -> list[int]:
+    """Before which action each receive of a channel is posted, by the rule of this file.
+
+    Args:
+        taken: for each message, in the order sent, the action that takes it.
+        receives_ahead: as in `with_messages`.
+    """
+    latest = list(itertools.accumulate(reversed(taken), min))[::-1]
+    places: list[int] = []
+    last_taken: list[int] = []  # of the earlier messages the `receives_ahead` taken last
+    for place, bound in zip(taken, latest, strict=True):
+        window = last_taken[0] + 1 if len(last_taken) == receives_ahead else 0
+        places.append(min(window, bound))
+        heapq.heappush(last_taken, place)
+        if len(last_taken) > receives_ahead:
+            heapq.heappop(last_taken)
+    return places
+
+
+def _sends(plan: Plan) -> list[list[Message | None]]:
+    """For each op of each stage the message that carries its result; None where none does."""
+    backwards = [
+        {(op.microbatch, op.chunk): op for op in ops if op.kind in (Kind.B, Kind.BW)}
+        for ops in plan.ops
+    ]
+
+    def message(source: int, op: Op) -> Message | None:
+        if op.kind is Kind.W:
+            return None
+        place = plan.placement
+        virtual_stage = place.virtual_stage(source, op.chunk) + (1 if op.kind is Kind.F else -1)
+        if not 0 <= virtual_stage < place.num_virtual_stages:
+            return None
+        target, chunk = place.stage_and_chunk(virtual_stage)
+        if target == source:
+            return None
+        forward = Op(Kind.F, op.microbatch, chunk)
+        taker = forward if op.kind is Kind.F else backwards[target][op.microbatch, chunk]
+        return Message(source, target, op, taker)
+
+    return [[message(stage, op) for op in ops] for stage, ops in enumerate(plan.ops)]

@@ -1,0 +1,1 @@
+"""From the name of a schedule to a plan."""
