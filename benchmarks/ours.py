@@ -12,7 +12,7 @@ from benchmarks.contender import Batch, Contender
 from dsv2_train.config.run import RunConfig
 from dsv2_train.optim.adam import choose_adam
 from dsv2_train.optim.build import build_optimizer, wrap
-from dsv2_train.pipeline.forward_backward import build_forward_backward
+from dsv2_train.pipeline.build import build_executor
 
 
 class Ours(Contender):
@@ -30,16 +30,16 @@ class Ours(Contender):
         device = next(model.parameters()).device
         self.chunk = wrap(model, config.parallel, config.recipe.precision, groups)
         adam = choose_adam(config.optim.adam, device)
-        self.optimizer = build_optimizer(self.chunk, config.optim, adam, groups)
-        self.schedule = build_forward_backward(self.chunk, groups)
+        self.optimizer = build_optimizer([self.chunk], config.optim, adam, groups)
+        self.executor = build_executor(config, [self.chunk], device, timeout_s=60.0)
         self.config = config
 
     @override
     def forward_backward(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
-        reported = self.schedule(
+        reported = self.executor(
             forward_step_func=_forward_step,
-            data_iterator=iter([batch]),
+            data_iterator=[iter([batch])],
             num_microbatches=1,
             seq_length=self.config.recipe.sequence_length,
             micro_batch_size=self.config.recipe.micro_batch_size,

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsv2_train.config.problems import Problem
 from dsv2_train.config.run import RunConfig
+from dsv2_train.config.schedules import why_impossible
 from dsv2_train.config.sections.base import Absent
 
 Check = Callable[[RunConfig], Iterator[Problem]]
@@ -97,25 +98,68 @@ def _dense_layers(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.num_dense_layers", dense, allowed)
 
 
-def _stages(config: RunConfig) -> Iterator[Problem]:
-    pp, layers = config.parallel.pp, config.model.num_layers
-    if pp > layers:
-        allowed = f"must be at most model.num_layers = {layers}: a stage holds a layer"
-        yield Problem("parallel.pp", pp, allowed)
+def _schedule(config: RunConfig) -> Iterator[Problem]:
+    """The schedule runs so many chunks, and each has a layer; micro-batches may be any number."""
+    parallel = config.parallel
+    refusal = why_impossible(
+        parallel.schedule,
+        parallel.pp,
+        1,
+        parallel.chunks,
+        num_layers=config.model.num_layers,
+    )
+    if refusal is not None:
+        name = {"num_stages": "pp", "num_chunks": "chunks"}.get(refusal.field, refusal.field)
+        yield Problem(f"parallel.{name}", refusal.found, refusal.allowed)
 
 
-def _split_has_every_stage(config: RunConfig) -> Iterator[Problem]:
-    split, pp = config.parallel.layers_per_stage, config.parallel.pp
-    if split is not None and len(split) != pp:
-        allowed = f"must have parallel.pp = {pp} entries"
-        yield Problem("parallel.layers_per_stage", list(split), allowed)
+def _chunks_have_stages(config: RunConfig) -> Iterator[Problem]:
+    chunks = config.parallel.chunks
+    if chunks > 1 and config.parallel.pp == 1:
+        allowed = "must be 1 with parallel.pp=1: the chunks of a single stage are one"
+        yield Problem("parallel.chunks", chunks, allowed)
+
+
+def _only_search_has_room(config: RunConfig) -> Iterator[Problem]:
+    room, schedule = config.parallel.max_activations, config.parallel.schedule
+    if room is not None and schedule != "search":
+        allowed = f"must be null with parallel.schedule={schedule}: its order is fixed; or search"
+        yield Problem("parallel.max_activations", room, allowed)
+
+
+def _room_for_every_chunk(config: RunConfig) -> Iterator[Problem]:
+    room, chunks = config.parallel.max_activations, config.parallel.chunks
+    if room is not None and room < chunks:
+        allowed = f"must be at least parallel.chunks = {chunks}: every chunk holds a micro-batch"
+        yield Problem("parallel.max_activations", room, allowed)
+
+
+def _layers_divide(config: RunConfig) -> Iterator[Problem]:
+    count, layers = config.parallel.pp * config.parallel.chunks, config.model.num_layers
+    if config.parallel.layers_per_chunk is None and layers % count and count < layers:
+        base, extra = divmod(layers, count)
+        example = [base + (idx < extra) for idx in range(count)]
+        divisors = [each for each in range(1, layers + 1) if layers % each == 0]
+        below, above = max(d for d in divisors if d < count), min(d for d in divisors if d > count)
+        allowed = (
+            f"must be set: {layers} layers do not divide over parallel.pp * parallel.chunks = "
+            f"{count}; for instance {example}, or {below} or {above} chunks in all"
+        )
+        yield Problem("parallel.layers_per_chunk", None, allowed)
+
+
+def _split_has_every_chunk(config: RunConfig) -> Iterator[Problem]:
+    split, count = config.parallel.layers_per_chunk, config.parallel.pp * config.parallel.chunks
+    if split is not None and len(split) != count:
+        allowed = f"must have parallel.pp * parallel.chunks = {count} entries"
+        yield Problem("parallel.layers_per_chunk", list(split), allowed)
 
 
 def _split_has_every_layer(config: RunConfig) -> Iterator[Problem]:
-    split, layers = config.parallel.layers_per_stage, config.model.num_layers
+    split, layers = config.parallel.layers_per_chunk, config.model.num_layers
     if split is not None and sum(split) != layers:
         allowed = f"must add up to model.num_layers = {layers}, adds up to {sum(split)}"
-        yield Problem("parallel.layers_per_stage", list(split), allowed)
+        yield Problem("parallel.layers_per_chunk", list(split), allowed)
 
 
 def _end(config: RunConfig) -> Iterator[Problem]:
@@ -230,8 +274,12 @@ _CHECKS: tuple[Check, ...] = (
     _recompute_has_mixtures,
     _rope,
     _dense_layers,
-    _stages,
-    _split_has_every_stage,
+    _schedule,
+    _chunks_have_stages,
+    _only_search_has_room,
+    _room_for_every_chunk,
+    _layers_divide,
+    _split_has_every_chunk,
     _split_has_every_layer,
     _end,
     _milestones,

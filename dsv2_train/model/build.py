@@ -17,8 +17,8 @@ from dsv2_train.model.implementation import Choice
 from dsv2_train.model.initialize import initialize
 from dsv2_train.model.layer_spec import block_spec
 from dsv2_train.model.modules.linears import replace_linears
-from dsv2_train.model.transformer_config import build_transformer_config
-from dsv2_train.recipe.parameters import stage_layer_ranges
+from dsv2_train.model.transformer_config import ChunkLayout, build_transformer_config
+from dsv2_train.recipe.parameters import chunk_layer_ranges
 from dsv2_train.recipe.yarn import frequency_ratios, rotary_scale, softmax_scale
 
 
@@ -27,21 +27,25 @@ def build_model(
     groups: ProcessGroupCollection,
     choices: dict[str, Choice],
     device: torch.device,
+    chunk: int = 0,
 ) -> DeepSeekV2Model:
-    """Build, tag and initialize this rank's pipeline stage.
+    """Build, tag and initialize a chunk of this rank's pipeline stage.
 
     Args:
         config: the run.
         groups: the rank's process groups; its place in them decides which layers and experts.
         choices: which code serves each op.
         device: where the weights live; on `meta` nothing is allocated or initialized.
+        chunk: which of the stage's.
 
     Returns:
-        The stage, with every parameter tagged by its `GlobalTensor`. No communication.
+        The chunk, with every parameter tagged by its `GlobalTensor`. No communication.
     """
-    stage, num_stages = groups.pp.rank(), groups.pp.size()
-    layers = stage_layer_ranges(config.model, config.parallel)[stage]
+    place = config.parallel.placement
+    virtual_stage = place.virtual_stage(groups.pp.rank(), chunk)
+    layers = chunk_layer_ranges(config.model, config.parallel)[virtual_stage]
     transformer = build_transformer_config(config.model, config.parallel, config.recipe)
+    transformer.pipeline_model_parallel_layout = ChunkLayout(layers)
     transformer.use_cpu_initialization = device.type != "cuda"
     with torch.device(device):
         model = DeepSeekV2Model(
@@ -49,8 +53,8 @@ def build_model(
             transformer_layer_spec=block_spec(config.model, choices, layers, groups),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.recipe.sequence_length,
-            pre_process=stage == 0,
-            post_process=stage == num_stages - 1,
+            pre_process=virtual_stage == 0,
+            post_process=virtual_stage == place.num_virtual_stages - 1,
             position_embedding_type="none",
             pg_collection=groups,
         )

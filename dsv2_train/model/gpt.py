@@ -39,10 +39,10 @@ class OutputHead(nn.Module):
 
 
 class DeepSeekV2Model(GPTModel):
-    """One pipeline stage of the model (read against megatron-core 0.16.1)."""
+    """One chunk of the model (read against megatron-core 0.16.1)."""
 
     def forward(self, *inputs: Any, exempt: Tensor | None = None, **named: Any) -> Tensor:
-        """Run the stage.
+        """Run the chunk.
 
         Args:
             inputs: megatron-core's.
@@ -55,7 +55,7 @@ class DeepSeekV2Model(GPTModel):
         return super().forward(*inputs, **named)
 
     def mixtures(self) -> dict[int, MixtureOfExperts]:
-        """This stage's mixtures of experts by the index of their layer in the whole model."""
+        """This chunk's mixtures of experts by the index of their layer in the whole model."""
         return {
             layer.layer_number - 1: layer.mlp
             for layer in self.decoder.layers
@@ -63,16 +63,16 @@ class DeepSeekV2Model(GPTModel):
         }
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **unused: Any) -> Tensor:
-        """End a stage.
+        """End a chunk.
 
         Args:
-            hidden_states: [s, b, hidden_size] after the stage's layers.
+            hidden_states: [s, b, hidden_size] after the chunk's layers.
             labels: [b, s] int64, or None to get logits.
             unused: what megatron-core passes for other heads and for inference.
 
         Returns:
-            [b, s] losses on the last stage, or [b, s, vocab_size] logits without labels; on other
-            stages `hidden_states`.
+            [b, s] losses in the last chunk, or [b, s, vocab_size] logits without labels; in other
+            chunks `hidden_states`.
         """
         del unused
         if not self.post_process:

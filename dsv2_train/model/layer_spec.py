@@ -35,12 +35,12 @@ def block_spec(
     layers: range,
     groups: ProcessGroupCollection,
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage and the final norm.
+    """The layers of one chunk and the final norm.
 
     Args:
         model: dense layers come first, then mixtures of experts.
         choices: which code serves each op.
-        layers: the stage's layers by their index in the whole model.
+        layers: the chunk's layers by their index in the whole model.
         groups: the rank's process groups; megatron-core hands them only to classes it knows.
     """
     classes = _Classes(choices)

@@ -18,6 +18,24 @@ _RECOMPUTED = {"moe": "moe", "mla_up_projection": "mla_up_proj"}
 _PLAIN_ROPE = YarnConfig(factor=1.0, original_max_position=4096)
 
 
+@dataclass(frozen=True)
+class ChunkLayout:
+    """What megatron-core asks a pipeline layout, answered for one chunk.
+
+    Its own layout places chunks round-robin, which a V is not.
+
+    Attributes:
+        layers: of the chunk, by their index in the whole model.
+    """
+
+    layers: range
+
+    def get_layer_offset(self, **unused: object) -> int:
+        """Layers of the model before this chunk's."""
+        del unused
+        return self.layers.start
+
+
 @dataclass(kw_only=True)
 class DeepSeekV2TransformerConfig(MLATransformerConfig):
     """megatron-core's configuration, and what only DeepSeek-V2's modules read."""
@@ -96,7 +114,6 @@ def build_transformer_config(
         context_parallel_size=parallel.cp,
         pipeline_model_parallel_size=parallel.pp,
         expert_model_parallel_size=parallel.ep,
-        pipeline_model_parallel_layout=_stage_layout(model, parallel),
         num_device_groups=model.num_device_groups,
         num_limited_devices=model.num_limited_devices,
         expert_balance_alpha=recipe.expert_balance_alpha,
@@ -111,12 +128,3 @@ def build_transformer_config(
 def leave_uninitialized(weight: Tensor) -> Tensor:
     """An initializer for megatron-core that does nothing: ours runs after the model is built."""
     return weight
-
-
-def _stage_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
-    if parallel.pp == 1:
-        return None
-    stages = [["decoder"] * count for count in parallel.stage_layers(model.num_layers)]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages

@@ -35,7 +35,8 @@ class StartUp:
         run_name: `run.name`.
         device: name of the device of a rank, or `cpu`.
         layout: sizes of the parallel axes by name, e.g. pp, ep, dp, edp.
-        layers_per_stage: transformer layers on each pipeline stage.
+        schedule: of the pipeline.
+        layers_per_chunk: transformer layers of each chunk, in the order of the model.
         num_parameters: of the whole model.
         num_activated_parameters: that one token meets.
         parameters_per_rank: on a rank of each pipeline stage.
@@ -52,7 +53,8 @@ class StartUp:
     run_name: str
     device: str
     layout: dict[str, int]
-    layers_per_stage: tuple[int, ...]
+    schedule: str
+    layers_per_chunk: tuple[int, ...]
     num_parameters: int
     num_activated_parameters: int
     parameters_per_rank: tuple[int, ...]
@@ -125,7 +127,8 @@ def closing_message(closing: Closing) -> Text:
 def _facts(start: StartUp) -> Iterable[tuple[str, str]]:
     layout = "  ".join(f"{axis} {size}" for axis, size in start.layout.items())
     yield "layout", f"{layout}  on {start.device}"
-    yield "layers per stage", " + ".join(str(layers) for layers in start.layers_per_stage)
+    yield "pipeline", start.schedule
+    yield "layers per chunk", " + ".join(str(layers) for layers in start.layers_per_chunk)
     yield "parameters", f"{start.num_parameters:,} ({start.num_activated_parameters:,} activated)"
     yield "parameters per rank", _by_stage(start.parameters_per_rank)
     tokens_a_step = start.global_batch_size * start.sequence_length

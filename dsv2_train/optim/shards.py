@@ -46,7 +46,7 @@ def owned_shards(chunk: DistributedDataParallel, *, on_host: bool) -> list[Shard
     the bucket's reduce-scatter leaves with it, and that its all-gather takes from it.
 
     Args:
-        chunk: this rank's stage, wrapped for ZeRO-1, every parameter tagged.
+        chunk: wrapped for ZeRO-1, every parameter tagged.
         on_host: keep masters in host memory.
 
     Raises:

@@ -1,6 +1,6 @@
 """ZeRO-1: every rank updates its shards of the weights, then all ranks gather them (design: 8)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -24,19 +24,20 @@ class ZeroOptimizer:
 
     def __init__(
         self,
-        chunk: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         shards: list[Shard],
         choice: AdamChoice,
         config: OptimConfig,
         world: ProcessGroup,
     ) -> None:
-        self._chunk = chunk
+        self._chunks = list(chunks)
         self._shards = shards
         self._world = world
-        self._gathers = chunk.dp_group.size() > 1
+        self._gathers = chunks[0].dp_group.size() > 1
+        self._overlaps = chunks[0].ddp_config.overlap_param_gather
         self._clip_grad_norm = config.clip_grad_norm
         self._adam_step = 0
-        self._gradients = owned_gradients(chunk)
+        self._gradients = [each for chunk in chunks for each in owned_gradients(chunk)]
         self._norm_blocks = [
             block for gradient in self._gradients for block in torch.split(gradient, _NORM_BLOCK)
         ]
@@ -68,7 +69,8 @@ class ZeroOptimizer:
 
     def zero_grad(self) -> None:
         """Zero the gradient buffers; before the first micro-batch of a step."""
-        self._chunk.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
@@ -82,7 +84,7 @@ class ZeroOptimizer:
 
         Note:
             Collective over all ranks: one all-reduce of one number, then the gathering of weights,
-            here or, with `overlap_param_gather`, from the next forward pass on. Scales the gradient
+            here or, with `overlap_param_gather`, at the next forward pass. Scales the gradient
             buffers in place. Nothing is read back to the host, unless AdamW runs there.
         """
         norm = self._grad_norm()
@@ -93,8 +95,8 @@ class ZeroOptimizer:
         self._adam.step()
         self._adam_step += 1
         self._copy_masters_to_weights()
-        if self._gathers and not self._chunk.ddp_config.overlap_param_gather:
-            self._chunk.start_param_sync()
+        if self._gathers and not self._overlaps:
+            self._gather_weights()
         return norm
 
     def pieces(self) -> Iterator[Piece]:
@@ -117,7 +119,11 @@ class ZeroOptimizer:
     def after_load(self) -> None:
         """Make the whole model what was loaded into `pieces()`. Collective over dp groups."""
         self._copy_masters_to_weights()
-        self._chunk.start_param_sync(force_sync=True)
+        self._gather_weights()
+
+    def _gather_weights(self) -> None:
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
 
     def _grad_norm(self) -> Tensor:
         """[] fp64: every rank adds the squares of what it owns, so that nothing counts twice."""

@@ -8,7 +8,8 @@ step ends on all stages together: gradient clipping needs the norm of all gradie
 
 import enum
 from dataclasses import dataclass
-from typing import Literal
+
+from dsv2_train.config.placement import Placement
 
 
 class Kind(enum.Enum):
@@ -36,44 +37,6 @@ class Op:
 
     def __str__(self) -> str:
         return f"{self.kind.value} of microbatch {self.microbatch}, chunk {self.chunk}"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which stage holds which part of the model.
-
-    Attributes:
-        num_stages: p.
-        num_chunks: v, chunks on each stage.
-        shape: `loop`: chunk c of stage s is virtual stage c p + s. `v`, for two chunks: there and
-            back, so that chunk 1 of stage s is virtual stage 2 p - 1 - s.
-    """
-
-    num_stages: int
-    num_chunks: int
-    shape: Literal["loop", "v"]
-
-    def __post_init__(self) -> None:
-        if self.shape == "v" and self.num_chunks != 2:
-            raise ValueError(f"num_chunks: found {self.num_chunks}; a V has 2")
-
-    @property
-    def num_virtual_stages(self) -> int:
-        """Chunks of the whole model."""
-        return self.num_stages * self.num_chunks
-
-    def virtual_stage(self, stage: int, chunk: int) -> int:
-        """Position in the model of a chunk of a stage."""
-        if self.shape == "v" and chunk == 1:
-            return 2 * self.num_stages - 1 - stage
-        return chunk * self.num_stages + stage
-
-    def stage_and_chunk(self, virtual_stage: int) -> tuple[int, int]:
-        """The stage that holds a virtual stage, and the chunk that it is there."""
-        chunk, stage = divmod(virtual_stage, self.num_stages)
-        if self.shape == "v" and chunk == 1:
-            stage = self.num_stages - 1 - stage
-        return stage, chunk
 
 
 @dataclass(frozen=True)

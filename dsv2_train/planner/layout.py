@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from dsv2_train.config.run import RunConfig
-from dsv2_train.config.sections.parallel import ParallelConfig
+from dsv2_train.pipeline.schedules.run_plan import run_costs, run_plan
+from dsv2_train.pipeline.simulate import simulate
 from dsv2_train.planner.memory import RankMemory, stage_memory
 from dsv2_train.recipe.batch_ramp import batch_size_at
-from dsv2_train.recipe.flops import stage_forward_flops
-from dsv2_train.recipe.parameters import stage_layer_ranges, stage_parameters
+from dsv2_train.recipe.flops import chunk_forward_flops
+from dsv2_train.recipe.parameters import chunk_layer_ranges, stage_parameters
 from dsv2_train.recipe.rank_map import expert_groups, stage_ranks
 
 
@@ -17,10 +18,9 @@ class StagePlan:
 
     Attributes:
         pp_rank: position in the pipeline.
-        first_layer: index of its first layer, counted through the model.
-        num_layers: how many it holds.
-        has_embedding: True on the first stage.
-        has_head: True on the last stage, which holds the final norm too.
+        layers: of each of its chunks, first and last, counted through the model.
+        has_embedding: True where the first chunk is.
+        has_head: True where the last chunk is, which holds the final norm too.
         parameters: of the stage, each routed expert counted once.
         parameters_per_rank: on each of its ranks.
         forward_flops_per_token: causal convention.
@@ -33,8 +33,7 @@ class StagePlan:
     """
 
     pp_rank: int
-    first_layer: int
-    num_layers: int
+    layers: tuple[tuple[int, int], ...]
     has_embedding: bool
     has_head: bool
     parameters: int
@@ -61,41 +60,42 @@ class ExpertGroupPlan:
 
 @dataclass(frozen=True)
 class Bubble:
-    """Idle share of 1F1B at one batch size.
+    """What stages wait for each other and hold at one batch size, by simulation.
 
     Attributes:
         global_batch_size: samples a step.
         num_microbatches: per step on each pipeline, m.
-        share: (p - 1) / (m + p - 1) of the step, for stages of equal cost.
+        share: idle, of all stages and the whole step.
+        peak_activations: most chunk activations that a stage holds.
     """
 
     global_batch_size: int
     num_microbatches: int
     share: float
+    peak_activations: int
 
 
 def plan_stages(config: RunConfig) -> tuple[StagePlan, ...]:
     """Every pipeline stage, first stage first."""
     model, parallel, per_node = config.model, config.parallel, config.cluster.ranks_per_node
-    flops = stage_forward_flops(model, parallel, config.recipe.sequence_length, "causal")
+    flops = chunk_forward_flops(model, parallel, config.recipe.sequence_length, "causal")
+    ranges, place = chunk_layer_ranges(model, parallel), parallel.placement
     stages = zip(
-        stage_layer_ranges(model, parallel),
+        (place.virtual_stages(stage) for stage in range(parallel.pp)),
         stage_parameters(model, parallel),
         stage_memory(config),
-        flops,
         stage_ranks(parallel),
         strict=True,
     )
     return tuple(
         StagePlan(
             pp_rank=pp_rank,
-            first_layer=layers.start,
-            num_layers=len(layers),
+            layers=tuple((ranges[idx].start, ranges[idx].stop - 1) for idx in chunks),
             has_embedding=held.embedding > 0,
             has_head=held.head > 0,
             parameters=held.total,
             parameters_per_rank=held.on_rank(parallel).total,
-            forward_flops_per_token=cost.total,
+            forward_flops_per_token=sum(flops[idx].total for idx in chunks),
             memory=memory,
             bytes_per_rank=memory.total_bytes,
             first_rank=ranks[0],
@@ -103,7 +103,7 @@ def plan_stages(config: RunConfig) -> tuple[StagePlan, ...]:
             first_node=ranks[0] // per_node,
             last_node=ranks[-1] // per_node,
         )
-        for pp_rank, (layers, held, memory, cost, ranks) in enumerate(stages)
+        for pp_rank, (chunks, held, memory, ranks) in enumerate(stages)
     )
 
 
@@ -117,21 +117,17 @@ def plan_expert_groups(config: RunConfig) -> tuple[ExpertGroupPlan, ...]:
 
 
 def plan_bubbles(config: RunConfig) -> tuple[Bubble, ...]:
-    """1F1B at the first and, if the batch ramps, at the last batch size."""
+    """The run's schedule at the first and, if the batch ramps, at the last batch size."""
     sizes = {batch_size_at(config.recipe, 0), config.recipe.global_batch_size}
     bubbles = []
     for batch_size in sorted(sizes):
         microbatches = num_microbatches(config, batch_size)
-        share = bubble_share(config.parallel, microbatches)
-        bubbles.append(Bubble(batch_size, microbatches, share))
+        found = simulate(run_plan(config, microbatches), run_costs(config))
+        most = max(found.peak_activations)
+        bubbles.append(Bubble(batch_size, microbatches, found.bubble, most))
     return tuple(bubbles)
 
 
 def num_microbatches(config: RunConfig, global_batch_size: int) -> int:
     """Microbatches that each pipeline runs in a step of `global_batch_size` samples."""
     return global_batch_size // (config.recipe.micro_batch_size * config.parallel.dp)
-
-
-def bubble_share(parallel: ParallelConfig, microbatches: int) -> float:
-    """Idle share of a 1F1B step, (p - 1) / (m + p - 1); 15 / 33 for p = 16, m = 18."""
-    return (parallel.pp - 1) / (microbatches + parallel.pp - 1)

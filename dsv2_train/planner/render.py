@@ -78,8 +78,7 @@ def _stages(report: Report) -> Table:
 
 
 def _holds(stage: StagePlan) -> str:
-    last = stage.first_layer + stage.num_layers - 1
-    layers = f"layers {_span(stage.first_layer, last)}"
+    layers = f"layers {', '.join(_span(first, last) for first, last in stage.layers)}"
     return " + ".join(
         ["embedding"] * stage.has_embedding + [layers] + ["norm + head"] * stage.has_head
     )
@@ -117,11 +116,16 @@ def _memory(report: Report) -> Table:
 
 def _bubbles(report: Report) -> Table:
     rows = [
-        (f"{bubble.global_batch_size:,}", f"{bubble.num_microbatches:,}", f"{bubble.share:.1%}")
+        (
+            f"{bubble.global_batch_size:,}",
+            f"{bubble.num_microbatches:,}",
+            f"{bubble.share:.1%}",
+            str(bubble.peak_activations),
+        )
         for bubble in report.bubbles
     ]
-    columns = ("global batch size", "microbatches", "idle share")
-    return _table("1F1B bubble, (p - 1) / (m + p - 1)", columns, rows)
+    columns = ("global batch size", "microbatches", "idle share", "activations of a chunk held")
+    return _table(f"Pipeline: {report.schedule}, simulated", columns, rows)
 
 
 def _timetable(report: Report) -> Table:

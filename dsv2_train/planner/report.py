@@ -19,8 +19,8 @@ from dsv2_train.recipe.mfu import peak_tflops
 from dsv2_train.recipe.parameters import ParameterCount, model_parameters
 
 NOT_MODELLED = (
-    "Not modelled: activations, recompute, communication time and buffers, bucket padding, "
-    "zero-bubble schedules."
+    "Not modelled: bytes of activations, recompute but in the pipeline's idle share, communication "
+    "time and buffers, bucket padding."
 )
 
 
@@ -90,7 +90,8 @@ class Report:
         fullest_stage: `pp_rank` of the first stage with most bytes of model state on a rank.
         emptiest_stage: of the first with fewest.
         expert_groups: in order of their first rank.
-        bubbles: 1F1B, at the ends of the batch ramp.
+        schedule: of the pipeline.
+        bubbles: at the ends of the batch ramp.
         cost: of the whole run.
         timetable: the recipe at its turning points and where asked.
         not_modelled: what no figure here includes.
@@ -112,6 +113,7 @@ class Report:
     fullest_stage: int
     emptiest_stage: int
     expert_groups: tuple[ExpertGroupPlan, ...]
+    schedule: str
     bubbles: tuple[Bubble, ...]
     cost: Cost
     timetable: tuple[Moment, ...]
@@ -147,6 +149,7 @@ def make_report(config: RunConfig, at_tokens: Sequence[int] = ()) -> Report:
         fullest_stage=fullest.pp_rank,
         emptiest_stage=emptiest.pp_rank,
         expert_groups=plan_expert_groups(config),
+        schedule=parallel.schedule,
         bubbles=plan_bubbles(config),
         cost=_cost(config),
         timetable=timetable(config, at_tokens),

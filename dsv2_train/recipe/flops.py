@@ -13,7 +13,7 @@ from typing import Literal
 
 from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.config.sections.parallel import ParallelConfig
-from dsv2_train.recipe.parameters import ParameterCount, model_parameters, stage_parameters
+from dsv2_train.recipe.parameters import ParameterCount, chunk_parameters, model_parameters
 
 Context = Literal["causal", "full"]
 
@@ -77,12 +77,12 @@ def forward_flops(model: ModelConfig, sequence_length: int, context: Context) ->
     return _forward(model, model_parameters(model), model.num_layers, sequence_length, context)
 
 
-def stage_forward_flops(
+def chunk_forward_flops(
     model: ModelConfig, parallel: ParallelConfig, sequence_length: int, context: Context
 ) -> tuple[ForwardFlops, ...]:
-    """Forward operations per token of each pipeline stage, first stage first."""
-    parameters = stage_parameters(model, parallel)
-    num_layers = parallel.stage_layers(model.num_layers)
+    """Forward operations per token of each chunk, in the order of the model."""
+    parameters = chunk_parameters(model, parallel)
+    num_layers = parallel.split(model.num_layers)
     return tuple(
         _forward(model, held, layers, sequence_length, context)
         for held, layers in zip(parameters, num_layers, strict=True)

@@ -71,21 +71,30 @@ def model_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> tuple[ParameterCount, ...]:
-    """Parameters of each pipeline stage, first stage first, with all routed experts of its layers.
+    """Parameters of each pipeline stage, first stage first, all routed experts included."""
+    chunks, place = chunk_parameters(model, parallel), parallel.placement
+    return tuple(
+        sum((chunks[idx] for idx in place.virtual_stages(stage)), ParameterCount())
+        for stage in range(parallel.pp)
+    )
 
-    The embedding is on the first stage, the final norm and the head on the last.
+
+def chunk_parameters(model: ModelConfig, parallel: ParallelConfig) -> tuple[ParameterCount, ...]:
+    """Parameters of each chunk, in the order of the model.
+
+    The embedding is in the first one, the final norm and the head in the last one.
     """
-    stages = [_layers(model, layers) for layers in stage_layer_ranges(model, parallel)]
-    stages[0] += _input(model)
-    stages[-1] += _output(model)
-    return tuple(stages)
+    chunks = [_layers(model, layers) for layers in chunk_layer_ranges(model, parallel)]
+    chunks[0] += _input(model)
+    chunks[-1] += _output(model)
+    return tuple(chunks)
 
 
-def stage_layer_ranges(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, ...]:
-    """Indices of the layers on each stage, counted through the model."""
+def chunk_layer_ranges(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, ...]:
+    """Indices of the layers of each chunk, counted through the model, in its order."""
     ranges: list[range] = []
     first = 0
-    for num_layers in parallel.stage_layers(model.num_layers):
+    for num_layers in parallel.split(model.num_layers):
         ranges.append(range(first, first + num_layers))
         first += num_layers
     return tuple(ranges)

@@ -67,6 +67,11 @@ def stage_ranks(parallel: ParallelConfig) -> tuple[range, ...]:
     return tuple(range(start, start + parallel.dp) for start in starts)
 
 
+def pipelines(parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
+    """Ranks of each pipeline in the order of stages: one of every stage."""
+    return tuple(zip(*stage_ranks(parallel), strict=True))
+
+
 def expert_groups(parallel: ParallelConfig, ranks_per_node: int) -> tuple[ExpertGroup, ...]:
     """Every EP group, in order of its first rank."""
     groups: list[ExpertGroup] = []

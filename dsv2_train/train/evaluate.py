@@ -25,7 +25,9 @@ def evaluate(run: Run) -> float:
         dp_rank=dp.rank(),
         dp_size=dp.size(),
     )
-    run.chunk.eval()
+    for chunk in run.chunks:
+        chunk.eval()
     reported = forward_backward(run, data, num_microbatches, forward_only=True)
-    run.chunk.train()
+    for chunk in run.chunks:
+        chunk.train()
     return all_sum(mean_loss(run, reported), run.world).item() / dp.size()

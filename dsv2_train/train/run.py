@@ -15,7 +15,7 @@ from dsv2_train.data.loader import Split
 from dsv2_train.distributed.env import Env
 from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.optim.zero import ZeroOptimizer
-from dsv2_train.pipeline.forward_backward import ForwardBackward
+from dsv2_train.pipeline.executor import Executor
 from dsv2_train.recipe.clock import Clock, Schedule
 from dsv2_train.train.signals import StopSignals
 from dsv2_train.train.telemetry import Telemetry
@@ -26,7 +26,8 @@ class Run:
     """One rank's share of a run; only `clock` changes while it trains.
 
     Attributes:
-        chunk: this rank's pipeline stage.
+        chunks: this rank's part of the model, wrapped for data parallelism, by chunk.
+        executor: runs micro-batches through the pipeline.
         monitor: on the rank that writes metrics, else None.
         world: the group of all ranks.
     """
@@ -37,9 +38,9 @@ class Run:
     world: ProcessGroup
     schedule: Schedule
     clock: Clock
-    chunk: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     optimizer: ZeroOptimizer
-    forward_backward: ForwardBackward
+    executor: Executor
     train_split: Split
     validation_split: Split
     checkpoints: CheckpointManager

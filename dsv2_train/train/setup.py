@@ -19,7 +19,7 @@ from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.monitor.report import StartUp, start_up_table
 from dsv2_train.optim.adam import choose_adam
 from dsv2_train.optim.build import build_optimizer, wrap
-from dsv2_train.pipeline.forward_backward import build_forward_backward
+from dsv2_train.pipeline.build import build_executor
 from dsv2_train.recipe.clock import Clock, Schedule
 from dsv2_train.recipe.parameters import model_parameters, stage_parameters
 from dsv2_train.train.run import Run
@@ -55,10 +55,13 @@ def build_run(config: RunConfig, env: Env) -> Run:
         verify(Path(config.data.path), max_file_bytes=READ_AT_START_BYTES)
     choices = choose(config.parallel, env.device)
     groups = process_groups.build(config.parallel, TIMEOUT_S)
-    model = build_model(config, groups, choices, env.device)
-    chunk = wrap(model, config.parallel, config.recipe.precision, groups)
+    models = [
+        build_model(config, groups, choices, env.device, chunk)
+        for chunk in range(config.parallel.chunks)
+    ]
+    chunks = [wrap(model, config.parallel, config.recipe.precision, groups) for model in models]
     adam = choose_adam(config.optim.adam, env.device)
-    optimizer = build_optimizer(chunk, config.optim, adam, groups)
+    optimizer = build_optimizer(chunks, config.optim, adam, groups)
     checkpoints = CheckpointManager(config.run.checkpoint_folder, config.checkpoint.every_steps)
     state = checkpoints.restore(list(optimizer.pieces()))
     if state is not None:
@@ -74,14 +77,14 @@ def build_run(config: RunConfig, env: Env) -> Run:
         world=groups.intra_dist_opt,
         schedule=schedule,
         clock=clock,
-        chunk=chunk,
+        chunks=chunks,
         optimizer=optimizer,
-        forward_backward=build_forward_backward(chunk, groups),
+        executor=build_executor(config, chunks, env.device, TIMEOUT_S),
         train_split=_split(config, "train"),
         validation_split=_split(config, "validation"),
         checkpoints=checkpoints,
         monitor=monitor,
-        telemetry=_telemetry(config, monitor, model, groups, env.device),
+        telemetry=_telemetry(config, monitor, models, groups, env.device),
         signals=StopSignals(process_groups.build_hosts(TIMEOUT_S)),
     )
     if monitor is not None:
@@ -114,12 +117,13 @@ def _split(config: RunConfig, name: str) -> Split:
 def _telemetry(
     config: RunConfig,
     monitor: Monitor | None,
-    model: DeepSeekV2Model,
+    models: list[DeepSeekV2Model],
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> Telemetry:
     world, dp_size = groups.intra_dist_opt, groups.dp.size()
-    return Telemetry(config, monitor, model.mixtures(), world, dp_size, device)
+    mixtures = {layer: one for model in models for layer, one in model.mixtures().items()}
+    return Telemetry(config, monitor, mixtures, world, dp_size, device)
 
 
 def _start_up(run: Run, choices: list[Choice]) -> StartUp:
@@ -132,7 +136,8 @@ def _start_up(run: Run, choices: list[Choice]) -> StartUp:
         run_name=config.run.name,
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         layout={"pp": parallel.pp, "ep": parallel.ep, "dp": parallel.dp, "edp": parallel.edp},
-        layers_per_stage=parallel.stage_layers(config.model.num_layers),
+        schedule=parallel.schedule,
+        layers_per_chunk=parallel.split(config.model.num_layers),
         num_parameters=whole.total,
         num_activated_parameters=whole.activated(config.model).total,
         parameters_per_rank=tuple(stage.on_rank(parallel).total for stage in stages),

@@ -1,5 +1,6 @@
 """One optimizer step."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -49,9 +50,9 @@ def forward_backward(
         FloatingPointError: naming step, layer and rank, if a router's logits are not finite.
     """
     try:
-        return run.forward_backward(
+        return run.executor(
             forward_step_func=partial(_forward_step, run=run),
-            data_iterator=data,
+            data_iterator=itertools.tee(data, len(run.chunks)),
             num_microbatches=num_microbatches,
             seq_length=run.config.recipe.sequence_length,
             micro_batch_size=run.config.recipe.micro_batch_size,
@@ -73,7 +74,7 @@ def mean_loss(run: Run, reported: list[dict[str, Tensor]]) -> Tensor:
 def _forward_step(
     data: Iterator[Batch], chunk: torch.nn.Module, run: Run
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
-    """megatron-core's contract: the stage's output, and how to make a loss of the last one's."""
+    """megatron-core's contract: the chunk's output, and how to make a loss of the last one's."""
     batch, device = next(data), run.env.device
     output = chunk(
         batch.tokens.to(device),

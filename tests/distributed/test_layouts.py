@@ -59,7 +59,12 @@ LAYOUTS = {
     "PP2 EP2": (4, ("parallel.pp=2", "parallel.ep=2")),
     "PP4 EP1": (4, ("parallel.pp=4",)),
     "PP1 EP2 DP2": (4, ("parallel.ep=2",)),
-    "PP2 EP1 uneven": (2, ("parallel.pp=2", "parallel.layers_per_stage=[1,3]")),
+    "PP2 EP2, zb_h1": (4, ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=zb_h1")),
+    "PP2 DP2, zb_v": (
+        4,
+        ("parallel.pp=2", "parallel.schedule=zb_v", "parallel.chunks=2"),
+    ),
+    "PP2 EP1 uneven": (2, ("parallel.pp=2", "parallel.layers_per_chunk=[1,3]")),
 }
 
 
@@ -159,11 +164,11 @@ def _rows(rank: int, config: RunConfig) -> tuple[list[dict[str, float]], float]:
     if config.parallel.world_size == 1:
         windows = run.validation_split.windows[: config.recipe.eval_num_samples]
         samples = torch.from_numpy(windows.astype("int64"))
-        run.chunk.eval()
+        run.chunks[0].eval()
         with torch.no_grad():
             inputs = {"position_ids": None, "attention_mask": None}
             losses = [
-                run.chunk(one[:, :-1], labels=one[:, 1:], **inputs) for one in samples.split(1)
+                run.chunks[0](one[:, :-1], labels=one[:, 1:], **inputs) for one in samples.split(1)
             ]
         by_hand = torch.cat(losses).double().mean().item()
     close_run(run)

@@ -51,7 +51,7 @@ def _poisoned(rank: int, config: RunConfig, name: str, bad: float = math.nan) ->
     def poison_one() -> None:
         begin_step()
         if run.clock.step == 1 and rank == config.parallel.world_size - 1:
-            module = run.chunk.module.get_submodule(name)
+            module = run.chunks[0].module.get_submodule(name)
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0] + bad, *inputs[1:]))
 
     run.telemetry.begin_step = poison_one  # type: ignore[method-assign]

@@ -68,7 +68,7 @@ class Rank:
             if case.adam == "deepspeed_cpu":
                 warnings.simplefilter("ignore")  # about its accelerator, when it is imported
             choice = choose_adam(case.adam, torch.device("cpu"))
-            self.optimizer = build_optimizer(self.chunk, case.config, choice, self.groups)
+            self.optimizer = build_optimizer([self.chunk], case.config, choice, self.groups)
 
     def run(self, steps: range) -> list[float]:
         return [self._step(step) for step in steps]

@@ -206,4 +206,4 @@ def test_the_optimizer_is_the_papers(experiment: str) -> None:
 
 def test_the_layout_is_the_papers() -> None:
     parallel = resolve(["experiment=dsv2_236b_pretrain"], need_data=False).parallel
-    assert (parallel.pp, parallel.ep, parallel.layers_per_stage) == (16, 8, (2, *[4] * 14, 2))
+    assert (parallel.pp, parallel.ep, parallel.layers_per_chunk) == (16, 8, (2, *[4] * 14, 2))

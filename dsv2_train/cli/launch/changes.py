@@ -20,8 +20,10 @@ _REFUSED = {
     "recipe.precision": _SAME_STATE,
     "parallel.world_size": _SAME_LAYOUT,
     "parallel.pp": _SAME_LAYOUT,
+    "parallel.schedule": _SAME_LAYOUT,
+    "parallel.chunks": _SAME_LAYOUT,
     "parallel.ep": _SAME_LAYOUT,
-    "parallel.layers_per_stage": _SAME_LAYOUT,
+    "parallel.layers_per_chunk": _SAME_LAYOUT,
 }
 
 

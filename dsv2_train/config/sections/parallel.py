@@ -4,15 +4,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from dsv2_train.config.placement import Placement
+from dsv2_train.config.schedules import Schedule, placement_shape
 from dsv2_train.config.sections.base import Section
 
 Recomputed = Literal["moe", "mla_up_projection"]
-LayersPerStage = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
+LayersPerChunk = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 
 
 class ParallelConfig(Section):
     """Sizes of the parallel axes; data parallelism takes what pp leaves of the world.
 
+    `schedule` orders the work of the pipeline, whose stages hold `chunks` pieces of the model each;
+    `layers_per_chunk` are those of all pieces in the order of the model, if not the same number
+    each. `max_activations` bounds the chunk activations that a stage holds where `schedule=search`;
+    pp chunks if not given, what 1F1B holds.
     `dispatcher` exchanges tokens between expert ranks; with `overlap_shared_experts` the shared
     experts compute meanwhile. `recompute` names what the backward pass computes again instead of
     keeping it: `moe` all of a mixture of experts behind its routing, exchange included;
@@ -24,7 +30,10 @@ class ParallelConfig(Section):
     ep: PositiveInt = 1
     tp: PositiveInt = 1
     cp: PositiveInt = 1
-    layers_per_stage: LayersPerStage | None = None
+    schedule: Schedule = "1f1b"
+    chunks: PositiveInt = 1
+    layers_per_chunk: LayersPerChunk | None = None
+    max_activations: PositiveInt | None = None
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     bucket_size: PositiveInt | None = None
@@ -46,13 +55,14 @@ class ParallelConfig(Section):
         """Data-parallel ranks of the expert weights."""
         return self.dp // self.ep
 
-    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Transformer layers on each pipeline stage, first stage first.
+    @property
+    def placement(self) -> Placement:
+        """Which stage holds which chunk of the model."""
+        return Placement(self.pp, self.chunks, placement_shape(self.schedule, self.chunks))
 
-        Without `layers_per_stage` the layers are spread evenly, and what does not divide goes to
-        the stages before the last ones, which carry the output head.
-        """
-        if self.layers_per_stage is not None:
-            return self.layers_per_stage
-        base, extra = divmod(num_layers, self.pp)
-        return tuple(base + (stage < extra) for stage in range(self.pp))
+    def split(self, num_layers: int) -> tuple[int, ...]:
+        """Transformer layers of every chunk, in the order of the model."""
+        if self.layers_per_chunk is not None:
+            return self.layers_per_chunk
+        count = self.placement.num_virtual_stages
+        return (num_layers // count,) * count

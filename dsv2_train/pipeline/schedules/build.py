@@ -1,8 +1,9 @@
 """The plan of a schedule by its name."""
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.config.schedules import placement_shape, why_impossible
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Kind, Placement, Plan
+from dsv2_train.pipeline.plans import Kind, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.search import search
 from dsv2_train.pipeline.simulate import peak_activations

@@ -9,7 +9,8 @@ whole stage, all its chunks. A step's end is the same on all stages.
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from dsv2_train.pipeline.plans import Kind, Op, Placement, Plan
+from dsv2_train.config.placement import Placement
+from dsv2_train.pipeline.plans import Kind, Op, Plan
 
 Turn = tuple[Kind, int]  # kind, chunk
 

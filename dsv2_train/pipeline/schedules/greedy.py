@@ -17,8 +17,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Kind, Op, Placement
+from dsv2_train.pipeline.plans import Kind, Op
 
 KINDS = (Kind.F, Kind.B, Kind.W)
 Ranks = list[list[float]]  # [3 p v][m]: F of every virtual stage, then B, then W

@@ -9,11 +9,11 @@ are not counted.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.config.sections.parallel import ParallelConfig, Recomputed
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Placement
-from dsv2_train.recipe.flops import ForwardFlops, stage_forward_flops
+from dsv2_train.recipe.flops import ForwardFlops, chunk_forward_flops
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def model_costs(
         555 and 420 TFLOP/s and `mla_up_projection` recomputed.
     """
     count = len(layers)
-    chunks = ParallelConfig(world_size=count, pp=count, layers_per_stage=tuple(layers))
-    each = stage_forward_flops(model, chunks, sequence_length, "causal")
+    chunks = ParallelConfig(world_size=count, pp=count, layers_per_chunk=tuple(layers))
+    each = chunk_forward_flops(model, chunks, sequence_length, "causal")
     qk, v = model.qk_head_dim, model.v_head_dim
     core_grads = (3 * qk + 2 * v) / (qk + v)
 

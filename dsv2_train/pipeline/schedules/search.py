@@ -13,8 +13,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Kind, Placement, Plan
+from dsv2_train.pipeline.plans import Kind, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.greedy import KINDS, Pass, Problem, Ranks, run_pass
 from dsv2_train.pipeline.simulate import peak_activations, simulate

@@ -42,7 +42,7 @@ def test_an_optional_section_that_appears_is_told_key_by_key() -> None:
         "recipe.sequence_length=12",
         "recipe.precision=bf16",
         "parallel=pp2_ep2",
-        "parallel.layers_per_stage=[4]",
+        "parallel.layers_per_chunk=[4]",
     ],
 )
 def test_what_would_make_it_another_run_is_refused(override: str) -> None:

@@ -73,7 +73,7 @@ def processor_s() -> float:
         (["model.yarn={factor:2,original_max_position:256,x:1}"], ["model.yarn.x"]),
         (["optim.lr=fast", "recipe.num_steps=1.5"], ["optim.lr", "recipe.num_steps"]),
         (["parallel.ep=3", "parallel.world_size=6"], ["parallel.ep"]),
-        (["parallel.layers_per_stage=[2,1]"], ["parallel.layers_per_stage"]),
+        (["parallel.layers_per_chunk=[2,1]"], ["parallel.layers_per_chunk"]),
         (["parallel.world_size=3"], ["parallel.world_size"]),
         (["recipe.global_batch_size=17"], ["recipe.global_batch_size"]),
         (["data.path=nowhere"], ["data.path"]),
@@ -104,7 +104,7 @@ def test_mistakes_of_every_kind_are_told_together(folder: Path, python_without_t
         "model.hiden_size=1": "model.hiden_size",
         "optim.lr=x": "optim.lr",
         "parallel.tp=2": "parallel.tp",
-        "parallel.layers_per_stage=[1,1]": "parallel.layers_per_stage",
+        "parallel.layers_per_chunk=[1,1]": "parallel.layers_per_chunk",
         "recipe.global_batch_size=9": "recipe.global_batch_size",
         "model.vocab_size=10": "model.vocab_size",
     }

@@ -50,9 +50,9 @@ def test_without_a_sweep_nothing_changes() -> None:
 
 
 def test_odd_characters_do_not_reach_the_folder() -> None:
-    assert names("experiment=quickstart", "parallel.layers_per_stage=[1,3],[2,2]") == [
-        "quickstart-layers_per_stage-1-3",
-        "quickstart-layers_per_stage-2-2",
+    assert names("experiment=quickstart", "parallel.layers_per_chunk=[1,3],[2,2]") == [
+        "quickstart-layers_per_chunk-1-3",
+        "quickstart-layers_per_chunk-2-2",
     ]
     assert names("experiment=quickstart", "data.path='/a b/../c','d'") == [
         "quickstart-path-a-b-..-c",

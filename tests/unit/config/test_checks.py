@@ -26,8 +26,8 @@ DISAGREEING = [
     (["model.qk_rope_head_dim=15"], "model.qk_rope_head_dim"),
     (["model.num_dense_layers=5"], "model.num_dense_layers"),
     (["parallel.pp=8", "parallel.world_size=16"], "parallel.pp"),
-    (["parallel.layers_per_stage=[2,1]"], "parallel.layers_per_stage"),
-    (["parallel.layers_per_stage=[2,1,1]"], "parallel.layers_per_stage"),
+    (["parallel.layers_per_chunk=[2,1]"], "parallel.layers_per_chunk"),
+    (["parallel.layers_per_chunk=[2,1,1]"], "parallel.layers_per_chunk"),
     (["recipe.num_steps=null"], "recipe.num_steps"),
     (["recipe.decay_at=[0.9,0.6]"], "recipe.decay_at"),
     (["recipe.decay_at=[0.6,0.6]"], "recipe.decay_at"),
@@ -76,7 +76,7 @@ def test_sections_that_disagree(overrides: list[str], path: str) -> None:
         ["parallel.pp=1", "parallel.ep=4"],
         ["parallel.pp=1", "parallel.ep=1"],
         ["parallel=single"],
-        ["parallel.layers_per_stage=[1,3]"],
+        ["parallel.layers_per_chunk=[1,3]"],
         ["model.num_experts_per_tok=12"],
         ["recipe.batch_ramp={start_batch_size:4,ramp_tokens:9,multiple_of:4}"],
         ["model.yarn={factor:4,original_max_position:64}"],
@@ -100,7 +100,7 @@ def test_a_wrong_world_does_not_hide_a_batch_of_broken_micro_batches(world_size:
     assert paths_of(*overrides) == ["parallel.world_size", "recipe.global_batch_size"]
 
 
-SPLIT = "parallel.layers_per_stage"
+SPLIT = "parallel.layers_per_chunk"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def problems_of(*overrides: str) -> dict[str, str]:
             "recipe.num_steps",
             "found '10'; input should be a valid integer",
         ),
-        ("parallel.layers_per_stage=[a,3]", "parallel.layers_per_stage.0", "found 'a'"),
+        ("parallel.layers_per_chunk=[a,3]", "parallel.layers_per_chunk.0", "found 'a'"),
         ("run.name='../elsewhere'", "run.name", "found '../elsewhere'; string should match"),
         (f"run.name={'a' * 129}", "run.name", "string should have at most 128 characters"),
         ("model.rope_theta=1.0", "model.rope_theta", "found 1.0; input should be greater than 1"),

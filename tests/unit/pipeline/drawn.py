@@ -4,9 +4,10 @@ from random import Random
 
 from hypothesis import strategies as st
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.config.schedules import SCHEDULES, placement_shape
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Placement, Plan
+from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_forward_plan
 from dsv2_train.pipeline.schedules.search import search

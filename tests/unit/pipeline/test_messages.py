@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.pipeline.messages import Message, post_places, with_messages
-from dsv2_train.pipeline.plans import Kind, Op, Placement, Plan
+from dsv2_train.pipeline.plans import Kind, Op, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.simulate import simulate
 from tests.unit.pipeline.drawn import fixed_plans, v2_costs

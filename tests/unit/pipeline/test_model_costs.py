@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2_train.pipeline.plans import Placement
+from dsv2_train.config.placement import Placement
 from dsv2_train.pipeline.schedules.model_costs import (
     Speeds,
     head_layers,

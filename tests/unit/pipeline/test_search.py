@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import with_messages
-from dsv2_train.pipeline.plans import Kind, Op, Placement, Plan
+from dsv2_train.pipeline.plans import Kind, Op, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_plan
 from dsv2_train.pipeline.schedules.greedy import Problem, run_pass

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import Program, with_messages
-from dsv2_train.pipeline.plans import Kind, Op, Placement, Plan
+from dsv2_train.pipeline.plans import Kind, Op, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.simulate import PlanError, peak_activations, simulate, validate
 from tests.unit.pipeline.drawn import costs, fixed_plans, v2_costs

@@ -7,8 +7,8 @@ import matplotlib.image
 import pytest
 from matplotlib.colors import to_rgb
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Placement
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.simulate import Simulation, simulate
 from dsv2_train.pipeline.timeline import (

@@ -1,0 +1,40 @@
+"""The plan of a run: its schedule, split and durations by its configuration."""
+
+from dsv2_train.config.run import RunConfig
+from dsv2_train.pipeline.costs import Costs
+from dsv2_train.pipeline.plans import Plan
+from dsv2_train.pipeline.schedules.build import build_plan
+from dsv2_train.pipeline.schedules.model_costs import Speeds, model_costs
+
+# What an H800 reaches: products in bf16, FlashAttention forward and backward. Only their ratios
+# decide the order of a search.
+REFERENCE_SPEEDS = Speeds(600.0, 555.0, 420.0)
+
+
+def run_costs(config: RunConfig) -> Costs:
+    """Durations of a run's chunks for a micro-batch at `REFERENCE_SPEEDS`."""
+    one_sample = model_costs(
+        config.model,
+        config.parallel.split(config.model.num_layers),
+        config.recipe.sequence_length,
+        REFERENCE_SPEEDS,
+        config.parallel.recompute,
+    )
+    return one_sample.scaled(config.recipe.micro_batch_size)
+
+
+def run_plan(config: RunConfig, num_microbatches: int) -> Plan:
+    """The plan of a step; the same on every rank.
+
+    Raises:
+        ValueError: the schedule cannot run this layout.
+    """
+    parallel = config.parallel
+    return build_plan(
+        parallel.schedule,
+        parallel.pp,
+        num_microbatches,
+        parallel.chunks,
+        run_costs(config) if parallel.schedule == "search" else None,
+        parallel.max_activations,
+    )
