@@ -1,4 +1,4 @@
-"""Measure: steps, growth with experts, ops; the exchange, dropping, balance in training."""
+"""Measure: steps, growth with experts, ops; the exchange, dropping, balance, the pipeline."""
 
 import argparse
 import functools
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import report
+from benchmarks import bubble, report
 from benchmarks.balance import draw, outcome, train_all
 from benchmarks.dropping import BIAS_STDS, SEEDS, dropped_shares
 from benchmarks.exchange import (
@@ -41,14 +41,15 @@ def main() -> None:
         "exchange": _exchange,
         "dropping": _dropping,
         "balance": _balance,
+        "bubble": _bubble,
     }
-    default = [name for name in parts if name != "balance"]
+    default = [name for name in parts if name not in ("balance", "bubble")]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "parts",
         nargs="*",
         choices=[[], *parts],
-        help="default: all but balance, which trains the quickstart three times",
+        help="default: all but balance, which trains the quickstart three times, and bubble",
     )
     parser.add_argument("--repeats", type=int, default=8, help="alternating runs of each")
     arguments = parser.parse_args()
@@ -135,6 +136,17 @@ def _balance(repeats: int) -> None:
     picture = report.RESULTS / "balance.png"
     draw(runs, picture)
     print(f"\nwritten: {report.write('balance', {'outcomes': outcomes})}, {picture}")
+
+
+def _bubble(repeats: int) -> None:
+    """Schedules of the pipeline, simulated: the same figures on every machine, in minutes."""
+    del repeats
+    tables = bubble.compare()
+    bubble.show(tables)
+    written = report.write("bubble", {"bubbles": tables})
+    picture = written.with_name("pipeline.png")
+    bubble.draw(picture)
+    print(f"\nwritten: {written}, {picture}")
 
 
 if __name__ == "__main__":

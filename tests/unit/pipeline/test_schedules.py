@@ -14,7 +14,7 @@ from torch.distributed.pipelining.schedules import (
 
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import with_messages
-from dsv2_train.pipeline.plans import Kind, Plan
+from dsv2_train.pipeline.plans import Kind, Placement, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_forward_plan, build_plan
 from dsv2_train.pipeline.simulate import peak_activations, simulate
@@ -214,15 +214,20 @@ def test_interleaved_zb_is_torchs_order(p: int, m: int, v: int) -> None:
 
 
 @settings(max_examples=30)
-@given(schedule=st.sampled_from(FIXED), p=st.integers(1, 16), m=st.integers(1, 40), v=chunks)
-def test_an_evaluation_is_as_short_as_it_can_be(schedule: str, p: int, m: int, v: int) -> None:
-    """Every microbatch forward, none held; its work and the way of the first one to its stage."""
-    v = {"1f1b": 1, "zb_h1": 1, "zb_v": 2}.get(schedule, v)
-    plan = build_forward_plan(placement(schedule, p, v), m)
+@given(p=st.integers(1, 16), m=st.integers(1, 40), v=st.integers(1, 4))
+def test_an_evaluation_is_as_short_as_it_can_be(p: int, m: int, v: int) -> None:
+    """Its work, and the way of the first microbatch to the last stage; whole groups for chunks."""
+    m = m if v == 1 else m * p
+    plan = build_forward_plan(Placement(p, v, "loop"), m)
     assert plan.forward_only
-    assert [len(ops) for ops in plan.ops] == [m * v] * p
-    if v == 1:
-        assert simulate(plan, Costs.equal(plan.placement, 1.0, 0, 0)).step_s == m + p - 1
+    step = simulate(plan, Costs.equal(plan.placement, 1.0, 0, 0)).step_s
+    assert step == pytest.approx(m + (p - 1) / v, rel=1e-9)
+
+
+def test_an_evaluation_of_a_v_runs_every_microbatch_forward() -> None:
+    plan = build_forward_plan(Placement(4, 2, "v"), 5)
+    assert [len(ops) for ops in plan.ops] == [10] * 4
+    assert simulate(plan, Costs.equal(plan.placement, 1.0, 0, 0)).step_s == 5 + 3
 
 
 def test_too_little_room_for_a_fixed_order_is_refused() -> None:

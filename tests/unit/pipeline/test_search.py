@@ -149,6 +149,21 @@ def test_equal_arguments_give_equal_plans_in_another_process() -> None:
     assert plans == [f"{here!r}\n"] * 2
 
 
+@settings(max_examples=30)
+@given(data=st.data(), place=placements("search", max_stages=6), m=st.integers(1, 12))
+def test_a_pass_that_never_waits_takes_as_long_as_its_plan(
+    data: st.DataObject, place: Placement, m: int
+) -> None:
+    """Whole numbers, so that sums are exact; every receive posted before the step."""
+    count = place.num_virtual_stages
+    each = [data.draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)) for _ in "FBW"]
+    drawn = Costs(*(tuple(map(float, durations)) for durations in each), communication_s=3.0)
+    ranks = [[float(row + 4 * idx) for idx in range(m)] for row in range(3 * count)]
+    found = run_pass(Problem(place, m, drawn, 2 * count), ranks, 0.0, backwards=False)
+    plan = Plan("any", place, m, found.orders)
+    assert found.step_s == simulate(plan, drawn, with_messages(plan, 2 * m)).step_s
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_a_pass_takes_what_is_most_urgent_and_there_is_room_for(backwards: bool) -> None:
     """One stage, two chunks, ranks that want all of chunk 0 first: room keeps a place for 1."""

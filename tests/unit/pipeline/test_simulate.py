@@ -11,6 +11,7 @@ from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import Program, with_messages
 from dsv2_train.pipeline.plans import Kind, Op, Plan
 from dsv2_train.pipeline.schedules import fixed
+from dsv2_train.pipeline.schedules.build import build_forward_plan
 from dsv2_train.pipeline.simulate import PlanError, peak_activations, simulate, validate
 from tests.unit.pipeline.drawn import costs, fixed_plans, v2_costs
 from tests.unit.pipeline.events import World
@@ -207,3 +208,11 @@ def test_another_order_of_actions_than_the_plans_is_found() -> None:
     program = with_messages(ZB)
     with pytest.raises(PlanError, match="stage 0: the actions are not the plan's ops"):
         simulate(ZB, v2_costs(ZB.placement), (program[0][::-1], *program[1:]))
+
+
+@pytest.mark.parametrize(("ahead", "step_s"), [(1, 4.0), (2, 3.5)])
+def test_what_is_sent_waits_for_its_receive(ahead: int, step_s: float) -> None:
+    """Stage 1 runs F of 0 from 1.5 to 2.5; F of 1 is sent at 2, its receive posted at 2.5 or 0."""
+    plan = build_forward_plan(Placement(2, 1, "loop"), 2)
+    drawn = Costs.equal(plan.placement, 1.0, 0.0, 0.0, communication_s=0.5)
+    assert simulate(plan, drawn, with_messages(plan, ahead)).step_s == step_s
