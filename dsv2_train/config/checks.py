@@ -151,7 +151,7 @@ def _layers_divide(config: RunConfig) -> Iterator[Problem]:
 def _split_has_every_chunk(config: RunConfig) -> Iterator[Problem]:
     split, count = config.parallel.layers_per_chunk, config.parallel.pp * config.parallel.chunks
     if split is not None and len(split) != count:
-        allowed = f"must have parallel.pp * parallel.chunks = {count} entries"
+        allowed = f"must have parallel.pp * parallel.chunks = {count} entries, or be null"
         yield Problem("parallel.layers_per_chunk", list(split), allowed)
 
 

@@ -206,4 +206,5 @@ def test_the_optimizer_is_the_papers(experiment: str) -> None:
 
 def test_the_layout_is_the_papers() -> None:
     parallel = resolve(["experiment=dsv2_236b_pretrain"], need_data=False).parallel
-    assert (parallel.pp, parallel.ep, parallel.layers_per_chunk) == (16, 8, (2, *[4] * 14, 2))
+    assert (parallel.pp, parallel.ep, parallel.schedule) == (16, 8, "zb_v")
+    assert parallel.layers_per_chunk == (1, *[2] * 13, 1, 1, *[2] * 15, 1)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,7 +8,6 @@ from dsv2_train.cli.compose import compose_values
 from dsv2_train.config import checks
 from dsv2_train.config.load import check
 from dsv2_train.config.sections.base import Absent
-from dsv2_train.config.sections.parallel import ParallelConfig
 
 
 def paths_of(*overrides: str) -> list[str]:
@@ -57,6 +58,19 @@ DISAGREEING = [
         ["parallel.dispatcher=deepep", "recipe.capacity_factor=1.0"],
         "recipe.capacity_factor",
     ),
+    (["parallel.schedule=zb_v"], "parallel.chunks"),
+    (["parallel.chunks=2"], "parallel.chunks"),
+    (["parallel.schedule=interleaved", "parallel.chunks=4"], "parallel.chunks"),
+    (
+        ["parallel.schedule=zb_v", "parallel.chunks=2", "parallel.pp=1", "parallel.ep=4"],
+        "parallel.chunks",
+    ),
+    (["parallel.max_activations=4"], "parallel.max_activations"),
+    (
+        ["parallel.schedule=search", "parallel.chunks=2", "parallel.max_activations=1"],
+        "parallel.max_activations",
+    ),
+    (["model.num_layers=5"], "parallel.layers_per_chunk"),
     (["parallel.dispatcher=deepep", "parallel.pp=4", "parallel.ep=1"], "parallel.ep"),
     (["parallel.dispatcher=deepep", "recipe.precision=fp32"], "recipe.precision"),
     (["parallel.recompute=[moe,moe]"], "parallel.recompute"),
@@ -77,6 +91,9 @@ def test_sections_that_disagree(overrides: list[str], path: str) -> None:
         ["parallel.pp=1", "parallel.ep=1"],
         ["parallel=single"],
         ["parallel.layers_per_chunk=[1,3]"],
+        ["model.num_layers=5", "parallel.layers_per_chunk=[3,2]"],
+        ["parallel.schedule=zb_v", "parallel.chunks=2"],
+        ["parallel.schedule=search", "parallel.max_activations=2"],
         ["model.num_experts_per_tok=12"],
         ["recipe.batch_ramp={start_batch_size:4,ramp_tokens:9,multiple_of:4}"],
         ["model.yarn={factor:4,original_max_position:64}"],
@@ -179,10 +196,18 @@ def test_a_check_is_passed_over_for_a_wrong_field_and_not_for_a_misspelt_one(
         checks.cross_check(partial)
 
 
-@given(num_layers=st.integers(1, 80), pp=st.integers(1, 16))
-def test_even_split_adds_up_and_favours_no_stage(num_layers: int, pp: int) -> None:
-    split = ParallelConfig(world_size=pp, pp=pp).stage_layers(num_layers)
-    assert len(split) == pp
-    assert sum(split) == num_layers
-    assert max(split) - min(split) <= 1
-    assert list(split) == sorted(split, reverse=True)
+@given(num_layers=st.integers(2, 80), pp=st.integers(2, 16))
+def test_layers_that_do_not_divide_need_a_split_and_the_example_is_one(
+    num_layers: int, pp: int
+) -> None:
+    layout = ("parallel.ep=1", f"parallel.pp={pp}", f"parallel.world_size={pp}")
+    layers = (f"model.num_layers={num_layers}", "recipe.global_batch_size=16")
+    values, _ = compose_values(["experiment=quickstart", *layout, *layers])
+    problems = [each for each in check(values)[1] if each.path == SPLIT]
+    assert bool(problems) == (num_layers > pp and num_layers % pp != 0)
+    for problem in problems:
+        example = re.search(r"\[[0-9, ]+\]", problem.allowed)
+        assert example is not None
+        assert SPLIT not in paths_of(*layout, *layers, f"{SPLIT}={example[0].replace(' ', '')}")
+        below, above = map(int, re.findall(r"or (\d+) or (\d+) chunks", problem.allowed)[0])
+        assert num_layers % below == num_layers % above == 0 and below < pp < above

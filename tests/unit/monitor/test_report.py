@@ -21,6 +21,7 @@ START = StartUp(
     run_name="quickstart",
     device="cpu",
     layout={"pp": 2, "ep": 2, "dp": 2, "edp": 1},
+    schedule="zb_h1",
     layers_per_chunk=(3, 2),
     num_parameters=12_345_678,
     num_activated_parameters=2_345_678,

@@ -65,7 +65,7 @@ def test_turning_points_after_the_end_are_left_out() -> None:
     ("config", "expected"),
     [
         (ON_2048, [(2304, 18, 0.455), (9216, 72, 0.172)]),
-        (preset("dsv2_lite_pretrain", "parallel.pp=1"), [(4608, 576, 0.0)]),
+        (preset("dsv2_lite_pretrain", "parallel=single"), [(4608, 576, 0.0)]),
     ],
 )
 def test_bubbles(config: RunConfig, expected: list[tuple[int, int, float]]) -> None:
