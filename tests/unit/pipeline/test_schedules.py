@@ -36,14 +36,14 @@ def close(step_work: float, expected: float) -> object:
     return pytest.approx(expected, abs=1e-9 * (step_work + expected))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(p=stages, m=st.integers(1, 128), durations=st.tuples(duration, duration, duration))
 def test_idle_time_of_1f1b(p: int, m: int, durations: tuple[float, float, float]) -> None:
     work = sum(durations)
     assert idle("1f1b", p, m, 1, durations) == close(m * work, (p - 1) * work)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     p=stages, rounds=st.integers(1, 3), v=chunks, durations=st.tuples(duration, duration, duration)
 )
@@ -54,7 +54,7 @@ def test_idle_time_of_interleaved(
     assert idle("interleaved", p, m, v, durations) == close(m * work, (p - 1) * work / v)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(p=stages, more=st.integers(0, 96), durations=st.tuples(duration, duration, duration))
 def test_idle_time_of_zb_h1(p: int, more: int, durations: tuple[float, float, float]) -> None:
     f, b, w = durations
@@ -63,7 +63,7 @@ def test_idle_time_of_zb_h1(p: int, more: int, durations: tuple[float, float, fl
     assert idle("zb_h1", p, m, 1, durations) == close(m * (f + b + w), (p - 1) * (f + b - w))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     p=stages, rounds=st.integers(1, 3), v=chunks, durations=st.tuples(duration, duration, duration)
 )
@@ -77,7 +77,7 @@ def test_idle_time_of_interleaved_zb(
     assert idle("interleaved_zb", p, m, v, durations) == close(m * (f + b + w), expected)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(p=stages, more=st.integers(0, 32), each=duration)
 def test_idle_time_of_zb_v(p: int, more: int, each: float) -> None:
     m = 2 * p - 1 + more
@@ -125,7 +125,7 @@ def most_held(schedule: str, p: int, stage: int, m: int, v: int) -> int:
     }[schedule]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(schedule=st.sampled_from(FIXED), p=stages, rounds=st.integers(2, 4), v=chunks)
 def test_activations_held(schedule: str, p: int, rounds: int, v: int) -> None:
     v = {"1f1b": 1, "zb_h1": 1, "zb_v": 2}.get(schedule, v)
@@ -134,7 +134,7 @@ def test_activations_held(schedule: str, p: int, rounds: int, v: int) -> None:
     assert peak_activations(plan) == expected
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data(), plan=fixed_plans(), ahead=st.integers(1, 4))
 def test_every_schedule_runs_every_layout(data: st.DataObject, plan: Plan, ahead: int) -> None:
     """However few receives are posted ahead, nothing deadlocks; no stage holds more than it may."""

@@ -111,15 +111,16 @@ def test_with_room_for_one_microbatch_they_go_one_after_another() -> None:
 
 @pytest.mark.parametrize(
     ("m", "v", "percent"),
-    [(18, 2, 16.6), (18, 4, 9.1), (72, 4, 2.7), (80, 4, 2.42)],
+    [(18, 2, 16.6), (18, 4, 9.4), (72, 4, 2.6), (80, 4, 2.45)],
 )
 def test_bubbles_at_the_costs_of_deepseek_v2(m: int, v: int, percent: float) -> None:
-    """16 equal stages that hold at most 16 activations.
+    """16 equal stages that hold at most 16 activations; a fifth of the usual effort is enough.
 
     The aims were 17, 4.7 and 2.5 % at 18, 72 and 80 microbatches.
     """
     place = placement("search", 16, v)
-    simulation = simulate(build_plan("search", 16, m, v, costs=v2_costs(place)), v2_costs(place))
+    plan = search(place, m, v2_costs(place), 16 * v, max_placed=200_000)
+    simulation = simulate(plan, v2_costs(place))
     assert max(simulation.peak_activations) <= 16 * v
     assert 100 * simulation.bubble <= percent
 
