@@ -8,10 +8,10 @@ from megatron.core.distributed import DistributedDataParallel
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed.lanes import build_lanes
 from dsv2_train.pipeline.executor import Activation, Executor
-from dsv2_train.pipeline.gradients import ChunkSync
 from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules.build import build_forward_plan
 from dsv2_train.pipeline.schedules.run_plan import run_plan
+from dsv2_train.pipeline.stage.gradients import ChunkSync
 from dsv2_train.recipe.rank_map import pipelines
 
 

@@ -10,12 +10,12 @@ from torch import nn
 from dsv2_train.config.placement import Placement
 from dsv2_train.distributed.lanes import Lanes
 from dsv2_train.ops.main_grad import DeferredGradients
-from dsv2_train.pipeline.agreement import StepShape, order_of, require_agreement
-from dsv2_train.pipeline.gradients import ChunkSync
 from dsv2_train.pipeline.messages import Action, with_messages
 from dsv2_train.pipeline.plans import Op, Plan
-from dsv2_train.pipeline.recorder import Recorder
-from dsv2_train.pipeline.step import ForwardStep, Reported, Stage, Step, StepInputs
+from dsv2_train.pipeline.stage.agreement import StepShape, order_of, require_agreement
+from dsv2_train.pipeline.stage.gradients import ChunkSync
+from dsv2_train.pipeline.stage.recorder import Recorder
+from dsv2_train.pipeline.stage.step import ForwardStep, Reported, Stage, Step, StepInputs
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.sharding import whole_of
 from dsv2_train.ops.main_grad import Deferred, DeferredGradients
-from dsv2_train.pipeline import step
-from dsv2_train.pipeline.agreement import DisagreementError
 from dsv2_train.pipeline.plans import Kind
 from dsv2_train.pipeline.schedules.run_plan import run_plan
+from dsv2_train.pipeline.stage import step
+from dsv2_train.pipeline.stage.agreement import DisagreementError
 from tests.helpers.pipeline import Pipeline, Ran, pipeline_config, run_steps, whole_gradients
 from tests.helpers.world import World
 

@@ -27,7 +27,7 @@ _SPACINGS = (0.3, 0.15, 0.5, 0.7, 1.0)
 _LAGS = (1.0, 0.2)
 _PATIENCE = ((0.0, 0.25), (0.25, 0.0), (0.25, 0.25), (0.5, 0.5), (0.9, 0.9))
 
-_MAX_PLACED = 1_000_000  # ops that all passes together put in order: a few seconds
+_MAX_PLACED = 200_000  # ops that all passes together put in order: a second
 _TICKS = 10_000  # of a mean duration: in whole numbers equal sums are equal, whatever their order
 
 

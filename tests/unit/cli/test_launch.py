@@ -227,7 +227,7 @@ def test_another_model_under_the_same_name_is_refused(
     folder: Path, python_without_torch: str
 ) -> None:
     write_checkpoint(resolve([QUICKSTART], need_data=True), 100)
-    done = local_sh(python_without_torch, QUICKSTART, "model.num_layers=5", "run.seed=3")
+    done = local_sh(python_without_torch, QUICKSTART, "model.num_layers=6", "run.seed=3")
     assert done.returncode == 2
     assert done.stderr.count("choose another run.name") == 2
 

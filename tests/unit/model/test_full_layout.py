@@ -29,8 +29,13 @@ def held(config: RunConfig, rank: int) -> list[tuple[GlobalTensor, int]]:
     """What a rank holds: each tensor's place in the model, and its elements."""
     groups = build_fake(config.parallel, rank)
     choices = choose(config.parallel, torch.device("cpu"))
-    model = build_model(config, groups, choices, torch.device("meta"))
-    return [(whole_of(parameter), parameter.numel()) for parameter in model.parameters()]
+    return [
+        (whole_of(parameter), parameter.numel())
+        for chunk in range(config.parallel.chunks)
+        for parameter in build_model(
+            config, groups, choices, torch.device("meta"), chunk
+        ).parameters()
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,11 @@ def test_the_tables_say_what_matters(capsys: pytest.CaptureFixture[str]) -> None
         "20,851,512,320",
         "155.3",
         "185.5",
-        "layers 58-59 + norm + head",
+        "embedding + layers 0, 59 + norm + head",
+        "zb_v, simulated",
         "asked: 2,000,000,000,000",
         "7.5840e-05",
-        "Not modelled: activations",
+        "Not modelled: bytes of activations",
     ):
         assert figure in text
     assert all(len(line) <= 120 for line in text.splitlines())

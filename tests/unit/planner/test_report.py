@@ -64,12 +64,15 @@ def test_turning_points_after_the_end_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (ON_2048, [(2304, 18, 0.455), (9216, 72, 0.172)]),
-        (preset("dsv2_lite_pretrain", "parallel=single"), [(4608, 576, 0.0)]),
+        (ON_2048, [(2304, 18, 0.2750), (9216, 72, 0.0828)]),
+        (
+            preset("dsv2_lite_pretrain", "parallel=single", "parallel.world_size=8"),
+            [(4608, 576, 0.0)],
+        ),
     ],
 )
 def test_bubbles(config: RunConfig, expected: list[tuple[int, int, float]]) -> None:
-    """On 2048 ranks 128 pipelines share a batch: 15 / 33 and 15 / 87."""
+    """On 2048 ranks 128 pipelines share a batch; 1F1B idles 15 / 33 and 15 / 87 at least."""
     found = make_report(config).bubbles
     assert [(bubble.global_batch_size, bubble.num_microbatches) for bubble in found] == [
         (batch_size, microbatches) for batch_size, microbatches, _ in expected
@@ -97,11 +100,11 @@ def test_stages_and_ranks_of_the_paper_layout() -> None:
     report = make_report(ON_2048)
     assert (report.num_nodes, report.dp, report.edp) == (256, 128, 16)
     middle = report.stages[3]
-    assert (middle.first_layer, middle.num_layers) == (10, 4)
+    assert middle.layers == ((5, 6), (53, 54))
     assert (middle.first_rank, middle.last_rank) == (384, 511)
     assert (middle.first_node, middle.last_node) == (48, 63)
     assert [stage.pp_rank for stage in report.stages if stage.has_embedding] == [0]
-    assert [stage.pp_rank for stage in report.stages if stage.has_head] == [15]
+    assert [stage.pp_rank for stage in report.stages if stage.has_head] == [0]
     assert len(report.expert_groups) == 256
     assert all(len(group.nodes) == 1 for group in report.expert_groups)
     group = report.expert_groups[49]

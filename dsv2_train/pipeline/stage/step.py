@@ -15,11 +15,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dsv2_train.config.placement import Placement
 from dsv2_train.distributed.lanes import Lanes
 from dsv2_train.ops.main_grad import Deferred, DeferredGradients
-from dsv2_train.pipeline.agreement import DisagreementError
-from dsv2_train.pipeline.gradients import ChunkSync
 from dsv2_train.pipeline.messages import Action, Message
 from dsv2_train.pipeline.plans import Kind, Op
-from dsv2_train.pipeline.recorder import Recorder
+from dsv2_train.pipeline.stage.agreement import DisagreementError
+from dsv2_train.pipeline.stage.gradients import ChunkSync
+from dsv2_train.pipeline.stage.recorder import Recorder
 
 Reported = list[dict[str, Tensor]]
 Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]

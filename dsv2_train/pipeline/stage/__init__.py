@@ -1,0 +1,1 @@
+"""What one stage of a pipeline does in a step."""
