@@ -233,6 +233,23 @@ def _known_dp(config: RunConfig) -> int | None:
     return None
 
 
+def _whole_profile_window(config: RunConfig) -> Iterator[Problem]:
+    first, last = config.profile.torch_first_step, config.profile.torch_last_step
+    if (first is None) != (last is None):
+        allowed = "must be set together with profile.torch_first_step, or neither"
+        yield Problem("profile.torch_last_step", last, allowed)
+    elif first is not None and last is not None and last < first:
+        allowed = f"must be at least profile.torch_first_step = {first}"
+        yield Problem("profile.torch_last_step", last, allowed)
+
+
+def _profiled_ranks(config: RunConfig) -> Iterator[Problem]:
+    ranks, size = config.profile.torch_ranks, config.parallel.world_size
+    if any(rank >= size for rank in ranks):
+        allowed = f"must be below parallel.world_size = {size}"
+        yield Problem("profile.torch_ranks", list(ranks), allowed)
+
+
 def _recomputed_once(config: RunConfig) -> Iterator[Problem]:
     names = config.parallel.recompute
     if len(set(names)) != len(names):
@@ -270,6 +287,8 @@ _CHECKS: tuple[Check, ...] = (
     _only_device_dedup("parallel.overlap_shared_experts", False, "false"),
     _deepep_has_peers,
     _deepep_has_bf16,
+    _whole_profile_window,
+    _profiled_ranks,
     _recomputed_once,
     _recompute_has_mixtures,
     _rope,

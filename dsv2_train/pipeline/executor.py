@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dsv2_train.config.placement import Placement
@@ -16,6 +17,7 @@ from dsv2_train.pipeline.stage.agreement import StepShape, order_of, require_agr
 from dsv2_train.pipeline.stage.gradients import ChunkSync
 from dsv2_train.pipeline.stage.recorder import Recorder
 from dsv2_train.pipeline.stage.step import ForwardStep, Reported, Stage, Step, StepInputs
+from dsv2_train.pipeline.timeline import Event
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Executor:
         executed: ops of the last step, in the order in which they ran.
         num_deferred: weight gradients that were put off in the last step.
         recorder: notes when each op ran, where there is one.
+        plan: of the last step.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Executor:
         self.executed: list[Op] = []
         self.num_deferred = 0
         self.recorder: Recorder | None = None
+        self.plan: Plan | None = None
 
     def __call__(
         self,
@@ -106,7 +110,7 @@ class Executor:
             Collective over the pipeline, and over data-parallel ranks for gradients and weights.
             Nothing is read back from a GPU.
         """
-        actions, order = self._prepared(num_microbatches, forward_only)
+        self.plan, actions, order = self._prepared(num_microbatches, forward_only)
         width, dtype = self._activation.hidden_size, self._activation.dtype
         if self._stage.lanes is not None:
             shape = StepShape(
@@ -128,5 +132,14 @@ class Executor:
         self.executed, self.num_deferred = step.executed, step.num_deferred
         return step.reported
 
-    def _prepare(self, plan: Plan) -> tuple[tuple[Action, ...], int]:
-        return with_messages(plan)[self._stage.index], order_of(plan)
+    def gathered(self, events: list[Event]) -> list[list[Event]]:
+        """The events of every stage of this pipeline. Collective over the pipeline."""
+        lanes = self._stage.lanes
+        if lanes is None:
+            return [events]
+        everyone: list[list[Event]] = [[] for _ in range(lanes.num_stages)]
+        dist.all_gather_object(everyone, events, group=lanes.hosts)
+        return everyone
+
+    def _prepare(self, plan: Plan) -> tuple[Plan, tuple[Action, ...], int]:
+        return plan, with_messages(plan)[self._stage.index], order_of(plan)

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _IDLE = "."
-_COLORS = {"F": "#3b6ea5", "B": "#d1495b", "W": "#5b8c5a", "BW": "#a0526f"}
+_COLORS = {
+    "F": "#3b6ea5",
+    "B": "#d1495b",
+    "W": "#5b8c5a",
+    "BW": "#a0526f",
+    "wait": "#e8e8e8",
+    "reduction": "#8a76b0",
+}
 _OTHER_COLOR = "#b8b8b8"
 
 

@@ -14,7 +14,8 @@ def train(run: Run) -> None:
     while not run.is_done and not run.signals.agreed():
         point = run.schedule.at(run.clock)
         run.telemetry.begin_step()
-        result = train_step(run, point)
+        with run.profiler.step(run.clock.step + 1):
+            result = train_step(run, point)
         run.clock = run.clock.advance(point)
         require_finite(run.clock, result.grad_norm)
         validation_loss = None
@@ -25,4 +26,5 @@ def train(run: Run) -> None:
         if run.checkpoints.due(run.clock.step):
             with run.telemetry.stopwatch.checkpoint():
                 run.save()
+    run.profiler.end()
     run.save()

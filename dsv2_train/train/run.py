@@ -17,6 +17,7 @@ from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.optim.zero import ZeroOptimizer
 from dsv2_train.pipeline.executor import Executor
 from dsv2_train.recipe.clock import Clock, Schedule
+from dsv2_train.train.profiler import Profiler
 from dsv2_train.train.signals import StopSignals
 from dsv2_train.train.telemetry import Telemetry
 
@@ -46,6 +47,7 @@ class Run:
     checkpoints: CheckpointManager
     monitor: Monitor | None
     telemetry: Telemetry
+    profiler: Profiler
     signals: StopSignals
 
     @property

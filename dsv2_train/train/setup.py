@@ -22,6 +22,7 @@ from dsv2_train.optim.build import build_optimizer, wrap
 from dsv2_train.pipeline.build import build_executor
 from dsv2_train.recipe.clock import Clock, Schedule
 from dsv2_train.recipe.parameters import model_parameters, stage_parameters
+from dsv2_train.train.profiler import Profiler
 from dsv2_train.train.run import Run
 from dsv2_train.train.signals import StopSignals
 from dsv2_train.train.telemetry import Telemetry
@@ -70,6 +71,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
     schedule = Schedule(config.recipe, config.optim)
     clock = Clock(state.step, state.consumed_samples) if state else Clock()
     monitor = _monitor(config, env, schedule.last_step(clock), state)
+    executor = build_executor(config, chunks, env.device, TIMEOUT_S)
     run = Run(
         config=config,
         env=env,
@@ -79,12 +81,13 @@ def build_run(config: RunConfig, env: Env) -> Run:
         clock=clock,
         chunks=chunks,
         optimizer=optimizer,
-        executor=build_executor(config, chunks, env.device, TIMEOUT_S),
+        executor=executor,
         train_split=_split(config, "train"),
         validation_split=_split(config, "validation"),
         checkpoints=checkpoints,
         monitor=monitor,
         telemetry=_telemetry(config, monitor, models, groups, env.device),
+        profiler=Profiler(config, env, executor),
         signals=StopSignals(process_groups.build_hosts(TIMEOUT_S)),
     )
     if monitor is not None:

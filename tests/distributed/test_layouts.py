@@ -64,6 +64,15 @@ LAYOUTS = {
         4,
         ("parallel.pp=2", "parallel.schedule=zb_v", "parallel.chunks=2"),
     ),
+    "PP2 EP2, interleaved": (
+        4,
+        ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=interleaved", "parallel.chunks=2"),
+    ),
+    "PP2 EP1, interleaved_zb": (
+        2,
+        ("parallel.pp=2", "parallel.schedule=interleaved_zb", "parallel.chunks=2"),
+    ),
+    "PP2 EP1, search": (2, ("parallel.pp=2", "parallel.schedule=search", "parallel.chunks=2")),
     "PP2 EP1 uneven": (2, ("parallel.pp=2", "parallel.layers_per_chunk=[1,3]")),
 }
 
@@ -175,13 +184,13 @@ def _rows(rank: int, config: RunConfig) -> tuple[list[dict[str, float]], float]:
     return read_rows(config.run.folder / "metrics.jsonl"), by_hand
 
 
-@pytest.mark.parametrize("layout", ["PP2 EP2", "PP1 EP1 DP4", "PP4 EP1"])
+@pytest.mark.parametrize("layout", ["PP2 EP2", "PP1 EP1 DP4", "PP4 EP1", "PP2 DP2, zb_v"])
 def test_a_run_tells_the_same_at_any_layout(
     world: World, data: Path, tmp_path: Path, layout: str
 ) -> None:
     def run(name: str) -> tuple[list[dict[str, float]], float, list[str]]:
         size, overrides = LAYOUTS[name]
-        folder = tmp_path / name.replace(" ", "")
+        folder = tmp_path / name.replace(" ", "").replace(",", "_")
         maps = "monitor.expert_map_every_steps=2"
         config = run_config(folder, data, f"parallel.world_size={size}", maps, *overrides)
         rows: list[tuple[list[dict[str, float]], float]] = world.run(_rows, size, config)

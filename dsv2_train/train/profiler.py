@@ -1,0 +1,102 @@
+"""Chosen steps, looked at closely: a timeline beside its plan, a window of torch's profiler."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.profiler import ProfilerActivity, profile
+
+from dsv2_train.config.run import RunConfig
+from dsv2_train.distributed.env import Env
+from dsv2_train.pipeline.costs import Costs
+from dsv2_train.pipeline.executor import Executor
+from dsv2_train.pipeline.plans import Kind, Plan
+from dsv2_train.pipeline.simulate import simulate
+from dsv2_train.pipeline.stage.recorder import Recorder
+from dsv2_train.pipeline.timeline import Timeline, of_simulation, write_picture, write_trace
+
+
+class Profiler:
+    """Looks at the steps that `profile` names.
+
+    Args:
+        config: the run.
+        env: this process among all.
+        executor: of this rank's stage.
+    """
+
+    def __init__(self, config: RunConfig, env: Env, executor: Executor) -> None:
+        self._config, self._env, self._executor = config.profile, env, executor
+        self._folder = config.run.folder
+        self._torch: profile | None = None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around a step, counted from 1.
+
+        Note:
+            Where the step's timeline is drawn: collective over the ranks of each pipeline.
+        """
+        drawn = number in self._config.timeline_steps
+        self._start_torch(number)
+        self._executor.recorder = Recorder(self._env.device) if drawn else None
+        yield
+        if drawn:
+            self._draw(number)
+        if number == self._config.torch_last_step:
+            self.end()
+
+    def end(self) -> None:
+        """Write the trace of a window that is open."""
+        if self._torch is None:
+            return
+        self._torch.stop()
+        folder = self._folder / "torch_profile"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._torch.export_chrome_trace(str(folder / f"rank_{self._env.rank:05}.json"))
+        self._torch = None
+
+    def _start_torch(self, number: int) -> None:
+        first, last = self._config.torch_first_step, self._config.torch_last_step
+        is_inside = first is not None and last is not None and first <= number <= last
+        if not is_inside or self._torch is not None:
+            return
+        if self._env.rank not in self._config.torch_ranks:
+            return
+        activities = [ProfilerActivity.CPU]
+        if self._env.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._torch = profile(activities=activities)
+        self._torch.start()
+
+    def _draw(self, number: int) -> None:
+        recorder, plan = self._executor.recorder, self._executor.plan
+        assert recorder is not None and plan is not None
+        timeline = self._executor.gathered(recorder.events())
+        if self._env.rank != 0:
+            return
+        timelines = {
+            f"step {number}, measured": timeline,
+            f"{plan.schedule} at the measured means": of_simulation(
+                simulate(plan, mean_costs(plan, timeline))
+            ),
+        }
+        folder = self._folder / "timelines"
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / f"step_{number:08}"
+        write_picture(timelines, stem.with_suffix(".png"))
+        write_trace(timelines, stem.with_suffix(".json"))
+
+
+def mean_costs(plan: Plan, timeline: Timeline) -> Costs:
+    """What F, B and W took on each virtual stage; of a BW, which is one event, B is all."""
+    sums = {kind: [0.0] * plan.placement.num_virtual_stages for kind in Kind}
+    for stage, events in enumerate(timeline):
+        ops = iter(plan.ops[stage])
+        for event in events:
+            if event.kind in Kind.__members__:
+                op = next(ops)
+                virtual_stage = plan.placement.virtual_stage(stage, op.chunk)
+                sums[op.kind][virtual_stage] += event.end_s - event.start_s
+    means = {kind: tuple(each / plan.num_microbatches for each in sums[kind]) for kind in Kind}
+    both = tuple(map(sum, zip(means[Kind.B], means[Kind.BW], strict=True)))
+    return Costs(means[Kind.F], both, means[Kind.W])

@@ -1,0 +1,82 @@
+"""Chosen steps of a run: a timeline beside its plan, a window of torch's profiler."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv2_train.config.run import RunConfig
+from dsv2_train.train import loop
+from tests.helpers.corpus import synthetic_folder
+from tests.helpers.run import close_run, open_run, run_config
+from tests.helpers.world import World
+
+
+def _train(rank: int, config: RunConfig) -> None:
+    run = open_run(rank, config)
+    loop.train(run)
+    close_run(run)
+
+
+@pytest.fixture(scope="module")
+def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("profiled")
+    config = run_config(
+        root,
+        synthetic_folder(root / "data"),
+        "parallel.world_size=4",
+        "parallel.pp=2",
+        "parallel.schedule=zb_h1",
+        "profile.timeline_steps=[2,4]",
+        "profile.torch_first_step=5",
+        "profile.torch_last_step=100",
+        "profile.torch_ranks=[1]",
+        "recipe.micro_batch_size=2",
+    )
+    world.run(_train, 4, config)
+    return config.run.folder
+
+
+def test_chosen_steps_are_drawn(folder: Path) -> None:
+    names = sorted(path.name for path in (folder / "timelines").iterdir())
+    stems = [f"step_0000000{step}" for step in (2, 4)]
+    assert names == [f"{stem}.{suffix}" for stem in stems for suffix in ("json", "png")]
+    for stem in stems:
+        assert (folder / "timelines" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _spans(trace: dict[str, Any], process: int, stage: int) -> list[dict[str, Any]]:
+    return [
+        event
+        for event in trace["traceEvents"]
+        if event["ph"] == "X" and (event["pid"], event["tid"]) == (process, stage)
+    ]
+
+
+def test_a_measured_timeline_has_the_ops_of_its_plan_in_order_and_leaves_no_gap(
+    folder: Path,
+) -> None:
+    trace = json.loads((folder / "timelines" / "step_00000004.json").read_text())
+    for stage in range(2):
+        measured, planned = (_spans(trace, process, stage) for process in range(2))
+        ops = [event["name"] for event in measured if event["cat"] in "FBW"]
+        assert ops == [event["name"] for event in planned]
+        assert len(ops) == 6 and {event["cat"] for event in planned} == set("FBW")
+        assert measured[-1]["cat"] == "reduction"
+        for before, after in itertools.pairwise(measured):
+            assert after["ts"] == pytest.approx(before["ts"] + before["dur"], abs=1e-3)
+        # The plan is drawn with what was measured: the same work, less waiting.
+        work = {
+            name: sum(event["dur"] for event in events if event["cat"] in "FBW")
+            for name, events in (("measured", measured), ("planned", planned))
+        }
+        assert work["measured"] == pytest.approx(work["planned"], rel=1e-6)
+
+
+def test_a_window_of_torch_s_profiler_that_the_run_ends_in_is_written(folder: Path) -> None:
+    [path] = (folder / "torch_profile").iterdir()
+    assert path.name == "rank_00001.json"
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert "aten::mm" in names
