@@ -5,10 +5,12 @@ import json
 import math
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 
 from dsv2_train.cli.resolve import resolve
+from dsv2_train.planner.draw import draw_step
 from dsv2_train.planner.render import render
 from dsv2_train.planner.report import make_report
 
@@ -27,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="show the recipe at these token counts too, e.g. 2.0e12",
     )
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="FOLDER",
+        help="draw the first step: as text, pipeline.png, and pipeline.json for Perfetto",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
 
@@ -36,12 +44,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: with every problem of the configuration.
     """
-    report = make_report(resolve(args.overrides, need_data=False), args.at_tokens)
+    config = resolve(args.overrides, need_data=False)
+    report = make_report(config, args.at_tokens)
+    text = draw_step(config, args.draw) if args.draw else ""
     if args.json:
         print(json.dumps(asdict(report), indent=2))
         return 0
     width = None if sys.stdout.isatty() else _WIDTH_OFF_TERMINAL
     Console(width=width).print(render(report))
+    if text:
+        print(f"\n{text}\ndrawn in {args.draw}")
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv2_train.config.problems import Problem
 from dsv2_train.config.run import RunConfig
-from dsv2_train.config.schedules import why_impossible
+from dsv2_train.config.schedules import splits_backward, why_impossible
 from dsv2_train.config.sections.base import Absent
 
 Check = Callable[[RunConfig], Iterator[Problem]]
@@ -111,6 +111,13 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
     if refusal is not None:
         name = {"num_stages": "pp", "num_chunks": "chunks"}.get(refusal.field, refusal.field)
         yield Problem(f"parallel.{name}", refusal.found, refusal.allowed)
+
+
+def _linears_put_off(config: RunConfig) -> Iterator[Problem]:
+    linear, schedule = config.parallel.linear, config.parallel.schedule
+    if linear == "te" and splits_backward(schedule):
+        allowed = f"must be torch or auto with parallel.schedule={schedule}: W would be empty"
+        yield Problem("parallel.linear", linear, allowed)
 
 
 def _chunks_have_stages(config: RunConfig) -> Iterator[Problem]:
@@ -294,6 +301,7 @@ _CHECKS: tuple[Check, ...] = (
     _rope,
     _dense_layers,
     _schedule,
+    _linears_put_off,
     _chunks_have_stages,
     _only_search_has_room,
     _room_for_every_chunk,

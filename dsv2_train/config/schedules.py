@@ -81,6 +81,11 @@ def why_impossible(
     return Refusal(field, getattr(layout, field), f"{rule}; possible: {', or '.join(choices)}")
 
 
+def splits_backward(schedule: str) -> bool:
+    """Whether a schedule has weight gradients (W) apart from input gradients (B)."""
+    return schedule not in ("1f1b", "interleaved")
+
+
 def placement_shape(schedule: str, num_chunks: int) -> Literal["loop", "v"]:
     """How the chunks of a schedule lie on its stages (`pipeline.plans.Placement`).
 

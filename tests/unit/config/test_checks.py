@@ -65,6 +65,7 @@ DISAGREEING = [
         ["parallel.schedule=zb_v", "parallel.chunks=2", "parallel.pp=1", "parallel.ep=4"],
         "parallel.chunks",
     ),
+    (["parallel.linear=te"], "parallel.linear"),
     (["parallel.max_activations=4"], "parallel.max_activations"),
     (
         ["parallel.schedule=search", "parallel.chunks=2", "parallel.max_activations=1"],
@@ -94,6 +95,7 @@ def test_sections_that_disagree(overrides: list[str], path: str) -> None:
         ["model.num_layers=5", "parallel.layers_per_chunk=[3,2]"],
         ["parallel.schedule=zb_v", "parallel.chunks=2"],
         ["parallel.schedule=search", "parallel.max_activations=2"],
+        ["parallel.schedule=1f1b", "parallel.linear=te"],
         ["model.num_experts_per_tok=12"],
         ["recipe.batch_ramp={start_batch_size:4,ramp_tokens:9,multiple_of:4}"],
         ["model.yarn={factor:4,original_max_position:64}"],

@@ -49,3 +49,16 @@ def test_an_adamw_that_is_asked_for_and_missing_is_told_by_the_table(
     monkeypatch.setitem(PACKAGES, choice, Package("no_such_package", "build it"))
     with pytest.raises(ConfigError, match=r"no_such_package\..* does not import .*; build it$"):
         choose_adam(choice, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "served"), [("1f1b", "transformer_engine"), ("zb_h1", "torch")]
+)
+def test_linears_whose_weight_gradients_must_wait_are_not_transformer_engine_s(
+    monkeypatch: pytest.MonkeyPatch, schedule: str, served: str
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: name)
+    parallel = ParallelConfig(world_size=2).model_copy(update={"schedule": schedule})
+    choices = choose(parallel, CUDA)
+    assert choices["linear"].implementation == served
+    assert choices["norm"].implementation == "transformer_engine"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +68,16 @@ def test_planning_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_first_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "folder"
+    layout = ("parallel.pp=4", "parallel.ep=1", "parallel.schedule=1f1b")
+    assert main(["plan", "experiment=quickstart", *layout, "--draw", str(folder)]) == 0
+    text = capsys.readouterr().out
+    lines = text[text.index("1f1b, 4 micro-batches") :].splitlines()
+    assert [line[:2] for line in lines[1:5]] == ["0 ", "1 ", "2 ", "3 "]
+    assert lines[1].startswith("0 FF") and lines[4].startswith("3 ..")
+    assert (folder / "pipeline.png").read_bytes().startswith(b"\x89PNG")
+    spans = json.loads((folder / "pipeline.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in spans) == 4 * 4 * 2

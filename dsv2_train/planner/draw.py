@@ -1,0 +1,32 @@
+"""A step of a run's pipeline as its schedule plans it, drawn."""
+
+from pathlib import Path
+
+from dsv2_train.config.run import RunConfig
+from dsv2_train.pipeline.schedules.run_plan import run_costs, run_plan
+from dsv2_train.pipeline.simulate import simulate
+from dsv2_train.pipeline.timeline import as_text, of_simulation, write_picture, write_trace
+from dsv2_train.planner.layout import num_microbatches
+from dsv2_train.recipe.batch_ramp import batch_size_at
+
+
+def draw_step(config: RunConfig, folder: Path) -> str:
+    """Draw the first step: `pipeline.png`, and `pipeline.json` for Perfetto.
+
+    Args:
+        config: the run.
+        folder: where to; made if need be.
+
+    Returns:
+        The step as text, a line a stage.
+    """
+    microbatches = num_microbatches(config, batch_size_at(config.recipe, 0))
+    simulation = simulate(run_plan(config, microbatches), run_costs(config))
+    timeline = of_simulation(simulation)
+    title = (
+        f"{config.parallel.schedule}, {microbatches} micro-batches, {simulation.bubble:.1%} idle"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_picture({title: timeline}, folder / "pipeline.png")
+    write_trace({title: timeline}, folder / "pipeline.json")
+    return f"{title}\n{as_text(timeline, width=110)}"
