@@ -92,7 +92,7 @@ class Step:
             sync.gather_weights()
             sync.hold_back()
         # The balance losses' gradient: a setting of the process, the same for every micro-batch.
-        share = torch.tensor(1 / self._step.num_microbatches, dtype=torch.float64)
+        share = torch.full((1,), 1 / self._step.num_microbatches, dtype=torch.float64)
         MoEAuxLossAutoScaler.main_loss_backward_scale = share.to(self._step.device)
         for action in actions:
             self._run(action)
