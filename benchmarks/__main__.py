@@ -1,4 +1,4 @@
-"""Measure: steps, growth with experts, ops; the exchange, dropping, balance, the pipeline."""
+"""Measure: steps, growth with experts, ops; exchange, dropping, balance; pipelines."""
 
 import argparse
 import functools
@@ -21,6 +21,7 @@ from benchmarks.exchange import (
 )
 from benchmarks.limits import limits
 from benchmarks.ops import compare_ops
+from benchmarks.pipeline import PipelineStep, compare_runtimes
 from benchmarks.ranks import quiet
 from benchmarks.step import compare
 from benchmarks.workload import workload
@@ -42,14 +43,15 @@ def main() -> None:
         "dropping": _dropping,
         "balance": _balance,
         "bubble": _bubble,
+        "pipeline": _pipeline,
     }
-    default = [name for name in parts if name not in ("balance", "bubble")]
+    default = [name for name in parts if name not in ("balance", "bubble", "pipeline")]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "parts",
         nargs="*",
         choices=[[], *parts],
-        help="default: all but balance, which trains the quickstart three times, and bubble",
+        help="default: all but balance, bubble and pipeline, which take minutes each",
     )
     parser.add_argument("--repeats", type=int, default=8, help="alternating runs of each")
     arguments = parser.parse_args()
@@ -147,6 +149,17 @@ def _bubble(repeats: int) -> None:
     picture = written.with_name("pipeline.png")
     bubble.draw(picture)
     print(f"\nwritten: {written}, {picture}")
+
+
+def _pipeline(repeats: int) -> None:
+    """Runtimes of pipelines on sleeping stages; steps of 3 to 10 seconds."""
+    results = {}
+    for num_stages in (8, 16):
+        step = PipelineStep(num_stages, 2 * num_stages)
+        rows = compare_runtimes(step, max(3, repeats // 2))
+        report.print_pipeline(step, rows)
+        results[f"p={step.num_stages} m={step.num_microbatches}"] = {"step": step, "rows": rows}
+    print(f"\nwritten: {report.write('pipeline', {'steps': results})}")
 
 
 if __name__ == "__main__":

@@ -23,17 +23,22 @@ _TIMEOUT_S = 300.0
 
 def run_ranks(function: Callable[..., Any], parallel: ParallelConfig, *args: Any) -> list[Any]:
     """Call `function(groups, *args)` on every rank of a layout; what each returned, by rank."""
+    return run_processes(_with_groups, parallel.world_size, function, parallel, *args)
+
+
+def run_processes(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    """Call `function(*args)` on `size` gloo ranks without more groups; what each returned.
+
+    A gloo group wakes up a hundred times a second, on every rank, while nobody uses it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron.core.models.gpt.gpt_model"])
-    size = parallel.world_size
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(size, mp_context=context) as pool,
     ):
         store = os.path.join(folder, "store")
-        calls = [
-            pool.submit(_on_rank, function, parallel, rank, store, args) for rank in range(size)
-        ]
+        calls = [pool.submit(_on_rank, function, size, rank, store, args) for rank in range(size)]
         return [call.result() for call in calls]
 
 
@@ -44,7 +49,7 @@ def quiet() -> None:
 
 
 def _on_rank(
-    function: Callable[..., Any], parallel: ParallelConfig, rank: int, store: str, args: Any
+    function: Callable[..., Any], size: int, rank: int, store: str, args: tuple[Any, ...]
 ) -> Any:
     quiet()
     torch.set_num_threads(1)
@@ -53,12 +58,18 @@ def _on_rank(
         "gloo",
         init_method=f"file://{store}",
         rank=rank,
-        world_size=parallel.world_size,
+        world_size=size,
         timeout=timedelta(seconds=_TIMEOUT_S),
     )
+    try:
+        return function(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _with_groups(function: Callable[..., Any], parallel: ParallelConfig, *args: Any) -> Any:
     groups: ProcessGroupCollection = process_groups.build(parallel, _TIMEOUT_S)
     try:
         return function(groups, *args)
     finally:
         process_groups.destroy()
-        dist.destroy_process_group()

@@ -15,6 +15,7 @@ from transformers import __version__ as transformers_version
 from benchmarks.balance import LAST_STEPS, Outcome
 from benchmarks.dropping import Dropped
 from benchmarks.limits import Limits
+from benchmarks.pipeline import PipelineRow, PipelineStep
 from benchmarks.step import StepTimes
 from benchmarks.timing import Ratio, Times, ratio
 from benchmarks.wire import Received
@@ -129,6 +130,25 @@ def print_outcomes(outcomes: dict[str, Outcome]) -> None:
     for name, one in outcomes.items():
         cells = f"{one.device_load:12.3f}{one.expert_load:12.3f}{one.dropped_share:9.1%}"
         print(f"{name:26}{cells}{one.validation_loss:11.3f}")
+
+
+def print_pipeline(step: PipelineStep, rows: list[PipelineRow]) -> None:
+    """Print steps beside theory: seconds best / median; bubbles and excess of the median step."""
+    durations = (step.forward_s, step.input_grad_s, step.weight_grad_s)
+    sizes = f"{step.num_stages} stages, {step.num_microbatches} micro-batches"
+    print(f"\n{sizes}, F/B/W {'/'.join(f'{1000 * each:g}' for each in durations)} ms a stage")
+    print(
+        f"{'':30}{'step, s':>15}{'theory':>8}{'bubble':>8}{'theory':>8}{'excess':>8}{'(best)':>8}"
+        f"{'held':>7}{'mcore 1f1b / it':>24}{'torch zb_v / it':>24}"
+    )
+    for row in rows:
+        seconds = f"{row.step_s.best:.3f} / {row.step_s.median:.3f}"
+        print(
+            f"{row.name:30}{seconds:>15}{row.theoretical_step_s:8.3f}{row.bubble:8.1%}"
+            f"{row.theoretical_bubble:8.1%}{100 * row.excess:+8.1f}"
+            f"{100 * row.least_excess:+8.1f}{row.peak_activations:7.2f}"
+            f"{show(row.of_megatron):>24}{show(row.of_torch):>24}"
+        )
 
 
 def print_limits(found: Limits) -> None:

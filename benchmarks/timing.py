@@ -55,6 +55,7 @@ def alternate(
     actions: Sequence[Callable[[], object]],
     repeats: int,
     now: Callable[[], float] = time.process_time,
+    before: Callable[[], object] | None = None,
 ) -> list[Times]:
     """Run all actions in turn, `repeats` times over, after one unmeasured turn.
 
@@ -65,6 +66,8 @@ def alternate(
         actions: what is compared.
         repeats: measured turns.
         now: the clock; the process's CPU time, or wall time for what waits for other processes.
+        before: called before each measured action, not measured; a barrier where all processes
+            begin together.
     """
     for action in actions:
         action()
@@ -75,6 +78,8 @@ def alternate(
             turn = list(zip(actions, seconds, strict=True))
             for action, measured in reversed(turn) if repeat % 2 else turn:
                 gc.collect(0)
+                if before is not None:
+                    before()
                 start_s = now()
                 action()
                 measured.append(now() - start_s)

@@ -1,0 +1,217 @@
+"""Runtimes of pipelines beside the theory of their schedules: real processes, sleeping stages.
+
+Stages sleep F, B and W, so that a step tests the schedule and its runtime, and nothing else. Every
+contender's sleeps are compared with the order that its theory is simulated for; megatron-core's
+and torch's too.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.pipeline_peers import (
+    Contender,
+    let_megatron_core_interleave,
+    megatron_core,
+    megatron_core_groups,
+    torch_zb_v,
+)
+from benchmarks.ranks import run_processes
+from benchmarks.sleeping import (
+    ACTIVATION_SHAPE,
+    HIDDEN_SIZE,
+    SleepingStage,
+    Slept,
+    forward_step,
+)
+from benchmarks.timing import Ratio, Times, alternate, ratio
+from dsv2_train.distributed.lanes import Lanes, build_lanes
+from dsv2_train.pipeline.costs import Costs
+from dsv2_train.pipeline.executor import Activation, Executor
+from dsv2_train.pipeline.plans import Kind, Placement, Plan
+from dsv2_train.pipeline.schedules.build import build_plan
+from dsv2_train.pipeline.simulate import simulate
+
+MEGATRON_1F1B = "megatron-core 1f1b"
+MEGATRON_INTERLEAVED = "megatron-core interleaved v=4"
+TORCH_ZB_V = "torch zb_v"
+OURS = (("1f1b", 1), ("zb_h1", 1), ("zb_v", 2), ("search", 2), ("interleaved_zb", 4))
+
+_LANE_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class PipelineStep:
+    """A step of every contender.
+
+    Attributes:
+        num_stages: p, ranks.
+        num_microbatches: m, divisible by p (megatron-core's interleaved schedule).
+        forward_s: F of a stage, all its chunks; equal on all stages.
+        input_grad_s: B.
+        weight_grad_s: W.
+    """
+
+    num_stages: int
+    num_microbatches: int
+    forward_s: float = 0.060
+    input_grad_s: float = 0.090
+    weight_grad_s: float = 0.048
+
+    @property
+    def work_s(self) -> float:
+        """A stage's step if it never waits."""
+        return self.num_microbatches * (self.forward_s + self.input_grad_s + self.weight_grad_s)
+
+    def costs(self, placement: Placement) -> Costs:
+        """Durations by virtual stage."""
+        return Costs.equal(placement, self.forward_s, self.input_grad_s, self.weight_grad_s)
+
+
+@dataclass(frozen=True)
+class PipelineRow:
+    """What a contender's step took, and what it would have taken if messages took no time.
+
+    Attributes:
+        name: of the contender.
+        step_s: wall time from a barrier to the end of the slowest rank's step, of each repeat.
+        theoretical_step_s: of its order of ops, simulated.
+        theoretical_bubble: idle share of the simulated step.
+        bubble: idle share of the median step.
+        excess: that minus the theoretical one.
+        least_excess: the same of the fastest step.
+        peak_activations: most chunk activations that a stage holds at once, over v: micro-batches.
+        of_megatron: how many times as long megatron-core's 1F1B took.
+        of_torch: how many times as long torch's ZB-V took.
+    """
+
+    name: str
+    step_s: Times
+    theoretical_step_s: float
+    theoretical_bubble: float
+    bubble: float
+    excess: float
+    least_excess: float
+    peak_activations: float
+    of_megatron: Ratio
+    of_torch: Ratio
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank saw of a contender."""
+
+    seconds: Times
+    plan: Plan
+
+
+def compare_runtimes(step: PipelineStep, repeats: int) -> list[PipelineRow]:
+    """Run every contender `repeats` times in turn, on a process for each stage."""
+    return rows(step, run_processes(measure, step.num_stages, step, plans(step), repeats))
+
+
+def plans(step: PipelineStep) -> dict[str, Plan]:
+    """Orders of ops by contender, but for torch's, which torch tells."""
+    named = {MEGATRON_1F1B: ("1f1b", 1), MEGATRON_INTERLEAVED: ("interleaved", 4)}
+    named |= {f"dsv2_train {name}" + f" v={v}" * (v > 1): (name, v) for name, v in OURS}
+    costs = {v: step.costs(Placement(step.num_stages, v, "loop")) for v in (1, 2, 4)}
+    return {
+        name: build_plan(schedule, step.num_stages, step.num_microbatches, v, costs[v])
+        for name, (schedule, v) in named.items()
+    }
+
+
+def measure(step: PipelineStep, planned: Mapping[str, Plan], repeats: int) -> dict[str, Measured]:
+    """Time steps on this rank, by contender; the ranks of the world are the stages.
+
+    Raises:
+        RuntimeError: a contender did not sleep what its plan says, in that order.
+    """
+    contenders = dict(_contenders(step, planned))
+    times = alternate(
+        [each.step for each in contenders.values()],
+        repeats,
+        time.perf_counter,
+        before=dist.barrier,
+    )
+    stage = dist.get_rank()
+    for name, each in contenders.items():
+        if each.stage.slept != (1 + repeats) * _sleeps(each.plan, stage):
+            raise RuntimeError(f"{name}: stage {stage} did not sleep as planned")
+    return {
+        name: Measured(seconds, each.plan)
+        for (name, each), seconds in zip(contenders.items(), times, strict=True)
+    }
+
+
+def rows(step: PipelineStep, by_rank: list[dict[str, Measured]]) -> list[PipelineRow]:
+    """Measured steps beside simulated ones."""
+    slowest = {
+        name: Times(
+            tuple(map(max, zip(*(one[name].seconds.seconds for one in by_rank), strict=True)))
+        )
+        for name in by_rank[0]
+    }
+    return [
+        _row(step, name, by_rank[0][name].plan, seconds, slowest)
+        for name, seconds in slowest.items()
+    ]
+
+
+def _row(
+    step: PipelineStep, name: str, plan: Plan, seconds: Times, slowest: dict[str, Times]
+) -> PipelineRow:
+    theory = simulate(plan, step.costs(plan.placement))
+    bubble, least = (1 - step.work_s / each for each in (seconds.median, seconds.best))
+    return PipelineRow(
+        name=name,
+        step_s=seconds,
+        theoretical_step_s=theory.step_s,
+        theoretical_bubble=theory.bubble,
+        bubble=bubble,
+        excess=bubble - theory.bubble,
+        least_excess=least - theory.bubble,
+        peak_activations=max(theory.peak_activations) / plan.placement.num_chunks,
+        of_megatron=ratio(slowest[MEGATRON_1F1B], seconds),
+        of_torch=ratio(slowest[TORCH_ZB_V], seconds),
+    )
+
+
+def _contenders(step: PipelineStep, planned: Mapping[str, Plan]) -> Iterator[tuple[str, Contender]]:
+    let_megatron_core_interleave()
+    groups = megatron_core_groups()
+    lanes = build_lanes([range(step.num_stages)], _LANE_TIMEOUT_S, torch.device("cpu"))
+    for name, plan in planned.items():
+        costs = step.costs(plan.placement)
+        if name in (MEGATRON_1F1B, MEGATRON_INTERLEAVED):
+            yield name, megatron_core(groups, plan, costs)
+        else:
+            yield name, _ours(lanes, plan, costs)
+    yield TORCH_ZB_V, torch_zb_v(step.num_microbatches, step.costs)
+
+
+def _ours(lanes: Lanes, plan: Plan, costs: Costs) -> Contender:
+    stage = SleepingStage(plan.placement, lanes.stage, costs)
+    activation = Activation(HIDDEN_SIZE, torch.float32, torch.device("cpu"))
+    executor = Executor(stage.chunks, [], plan.placement, lanes, activation, lambda *_: plan)
+    step = partial(
+        executor,
+        forward_step_func=forward_step,
+        data_iterator=[itertools.repeat(torch.zeros(ACTIVATION_SHAPE)) for _ in stage.chunks],
+        num_microbatches=plan.num_microbatches,
+        seq_length=ACTIVATION_SHAPE[0],
+        micro_batch_size=ACTIVATION_SHAPE[1],
+        forward_only=False,
+    )
+    return Contender(plan, stage, step)
+
+
+def _sleeps(plan: Plan, stage: int) -> Slept:
+    """What a stage sleeps in a step; of a BW, B and then W."""
+    parts = {Kind.BW: (Kind.B, Kind.W)}
+    return [(kind, op.chunk) for op in plan.ops[stage] for kind in parts.get(op.kind, (op.kind,))]

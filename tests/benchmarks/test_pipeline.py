@@ -1,0 +1,46 @@
+"""The comparison of pipeline runtimes: every contender sleeps what its plan says."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import pipeline
+from benchmarks.pipeline import Measured, PipelineStep, measure, plans, rows
+from dsv2_train.pipeline.plans import Kind, Plan
+from tests.helpers.world import World
+
+STEP = PipelineStep(
+    num_stages=2, num_microbatches=4, forward_s=3e-3, input_grad_s=5e-3, weight_grad_s=2e-3
+)
+REPEATS = 1
+
+
+def _measured(rank: int, planned: dict[str, Plan]) -> dict[str, Measured]:
+    """Raises where a stage does not sleep F, B and W in the order of its plan."""
+    del rank
+    return measure(STEP, planned, REPEATS)
+
+
+def test_every_runtime_sleeps_its_plan_and_takes_at_least_its_time(world: World) -> None:
+    found = rows(STEP, world.run(_measured, STEP.num_stages, plans(STEP)))
+    assert [row.name for row in found] == [*plans(STEP), pipeline.TORCH_ZB_V]
+    for row in found:
+        assert len(row.step_s.seconds) == REPEATS
+        # Of each kind, the first op of a step may be shortened by what the step before was late.
+        assert row.step_s.best > 0.8 * row.theoretical_step_s
+    by_name = {row.name: row for row in found}
+    ours, theirs = by_name["dsv2_train zb_v v=2"], by_name[pipeline.TORCH_ZB_V]
+    assert ours.theoretical_step_s == pytest.approx(theirs.theoretical_step_s)
+    assert by_name[pipeline.MEGATRON_1F1B].of_megatron.median == 1
+    assert theirs.of_torch.median == 1
+
+
+def test_a_runtime_that_sleeps_in_another_order_is_found(world: World) -> None:
+    planned = plans(STEP)
+    name = "dsv2_train 1f1b"
+    gpipe = tuple(
+        tuple(sorted(ops, key=lambda op: op.kind is not Kind.F)) for ops in planned[name].ops
+    )
+    planned = {pipeline.MEGATRON_1F1B: replace(planned[name], ops=gpipe)}
+    with pytest.raises(RuntimeError, match="megatron-core 1f1b: stage . did not sleep as planned"):
+        world.run(_measured, STEP.num_stages, planned)
