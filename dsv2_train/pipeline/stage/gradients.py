@@ -31,8 +31,10 @@ class ChunkSync:
             Modules wait for their weights when they run. Over dp groups, where gathering overlaps;
             elsewhere the optimizer has gathered.
         """
-        if self._chunk.ddp_config.overlap_param_gather:
-            for group in reversed(self._groups):
+        if not self._chunk.ddp_config.overlap_param_gather:
+            return
+        for groups in (self._chunk.bucket_groups, self._chunk.expert_parallel_bucket_groups):
+            for group in reversed(groups):
                 if not group.param_gather_dispatched:
                     group.start_param_sync()
 

@@ -1,12 +1,10 @@
 """A stage's state while it runs the actions of one step."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
@@ -15,10 +13,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dsv2_train.config.placement import Placement
 from dsv2_train.distributed.lanes import Lanes
 from dsv2_train.ops.main_grad import Deferred, DeferredGradients
-from dsv2_train.pipeline.messages import Action, Message
+from dsv2_train.pipeline.messages import Action
 from dsv2_train.pipeline.plans import Kind, Op
 from dsv2_train.pipeline.stage.agreement import DisagreementError
 from dsv2_train.pipeline.stage.gradients import ChunkSync
+from dsv2_train.pipeline.stage.mailbox import Mailbox
 from dsv2_train.pipeline.stage.recorder import Recorder
 
 Reported = list[dict[str, Tensor]]
@@ -74,12 +73,12 @@ class Step:
         self.executed: list[Op] = []
         self.num_deferred = 0
         self._stage, self._step, self._recorder = stage, inputs, recorder
-        self._at_hand: dict[tuple[bool, int, int], Tensor] = {}  # is F, micro-batch, chunk
         self._inputs: dict[Place, Tensor | None] = {}
         self._roots: dict[Place, Tensor | GradientEdge] = {}
         self._pending: dict[Place, list[Deferred]] = {}
-        self._receiving: dict[Message, tuple[dist.Work, Tensor]] = {}
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._mailbox = Mailbox(
+            stage.index, stage.placement, stage.lanes, inputs.activation, inputs.device
+        )
         self._compute = {
             Kind.F: self._forward,
             Kind.B: self._backward,
@@ -93,12 +92,11 @@ class Step:
             sync.gather_weights()
             sync.hold_back()
         # The balance losses' gradient: a setting of the process, the same for every micro-batch.
-        share = torch.tensor(1 / self._step.num_microbatches, dtype=torch.float64)
+        share = torch.full((1,), 1 / self._step.num_microbatches, dtype=torch.float64)
         MoEAuxLossAutoScaler.main_loss_backward_scale = share.to(self._step.device)
         for action in actions:
             self._run(action)
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        self._mailbox.finish()
         if not self._step.forward_only:
             for sync in self._stage.syncs:
                 sync.finish()
@@ -107,44 +105,14 @@ class Step:
     def _run(self, action: Action) -> None:
         op = action.op
         for message in action.posts:
-            self._post(message)
-        arrived = self._take(action)
+            self._mailbox.post(message)
+        arrived = self._mailbox.take(action)
         self._mark("wait", "wait")
         result = self._compute[op.kind](op, arrived)
         self._mark(op.kind.value, f"{op.kind.value}{op.microbatch}.{op.chunk}")
         self.executed.append(op)
         if result is not None:
-            self._hand_on(action, result)
-
-    def _post(self, message: Message) -> None:
-        assert self._stage.lanes is not None
-        buffer = torch.empty_like(self._step.activation, device=self._step.device)
-        work = self._stage.lanes.receive(buffer, message.source)
-        self._receiving[message] = work, buffer
-
-    def _take(self, action: Action) -> Tensor | None:
-        """The activation of an F, the gradient of a B or BW; None where there is none."""
-        if action.takes is None:
-            op = action.op
-            return self._at_hand.pop((op.kind is Kind.F, op.microbatch, op.chunk), None)
-        work, buffer = self._receiving.pop(action.takes)
-        work.wait()
-        return buffer
-
-    def _hand_on(self, action: Action, result: Tensor) -> None:
-        """Send a result, or keep it for the chunk of this stage that comes next."""
-        if action.sends is None:
-            is_forward = action.op.kind is Kind.F
-            place, op = self._stage.placement, action.op
-            virtual_stage = place.virtual_stage(self._stage.index, op.chunk)
-            _, chunk = place.stage_and_chunk(virtual_stage + (1 if is_forward else -1))
-            self._at_hand[is_forward, op.microbatch, chunk] = result
-            return
-        assert self._stage.lanes is not None
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
-        tensor = result.contiguous()
-        self._sending.append((self._stage.lanes.send(tensor, action.sends.target), tensor))
+            self._mailbox.hand_on(action, result)
 
     def _forward(self, op: Op, activation: Tensor | None) -> Tensor | None:
         chunk, place = self._stage.chunks[op.chunk], (op.microbatch, op.chunk)
