@@ -87,7 +87,7 @@ def splits_backward(schedule: str) -> bool:
 
 
 def placement_shape(schedule: str, num_chunks: int) -> Literal["loop", "v"]:
-    """How the chunks of a schedule lie on its stages (`pipeline.plans.Placement`).
+    """How the chunks of a schedule lie on its stages (`config.placement.Placement`).
 
     It does not depend on the number of microbatches, so that a run may change that.
     """

@@ -70,7 +70,7 @@ def answer_random_state() -> None:
 
 
 def answer_device_literals() -> None:
-    """`device="cuda"` in the token counts of the two schedules that `pipeline` uses."""
+    """`device="cuda"` in the token counts of two schedules, which ours is compared with."""
     rewrite_constants(
         {"cuda": "cpu"},
         schedules.forward_backward_no_pipelining,

@@ -114,7 +114,7 @@ def test_with_room_for_one_microbatch_they_go_one_after_another() -> None:
     [(18, 2, 16.6), (18, 4, 9.4), (72, 4, 2.6), (80, 4, 2.45)],
 )
 def test_bubbles_at_the_costs_of_deepseek_v2(m: int, v: int, percent: float) -> None:
-    """16 equal stages that hold at most 16 activations; a fifth of the usual effort is enough.
+    """16 equal stages that hold at most 16 activations.
 
     The aims were 17, 4.7 and 2.5 % at 18, 72 and 80 microbatches.
     """
