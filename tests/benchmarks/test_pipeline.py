@@ -42,5 +42,5 @@ def test_a_runtime_that_sleeps_in_another_order_is_found(world: World) -> None:
         tuple(sorted(ops, key=lambda op: op.kind is not Kind.F)) for ops in planned[name].ops
     )
     planned = {pipeline.MEGATRON_1F1B: replace(planned[name], ops=gpipe)}
-    with pytest.raises(RuntimeError, match="megatron-core 1f1b: stage . did not sleep as planned"):
+    with pytest.raises(RuntimeError, match=r"megatron-core 1f1b: stage . did not sleep as planned"):
         world.run(_measured, STEP.num_stages, planned)
