@@ -241,20 +241,20 @@ def _known_dp(config: RunConfig) -> int | None:
 
 
 def _whole_profile_window(config: RunConfig) -> Iterator[Problem]:
-    first, last = config.profile.torch_first_step, config.profile.torch_last_step
+    first, last = config.monitor.profile.torch_first_step, config.monitor.profile.torch_last_step
     if (first is None) != (last is None):
-        allowed = "must be set together with profile.torch_first_step, or neither"
-        yield Problem("profile.torch_last_step", last, allowed)
+        allowed = "must be set together with monitor.profile.torch_first_step, or neither"
+        yield Problem("monitor.profile.torch_last_step", last, allowed)
     elif first is not None and last is not None and last < first:
-        allowed = f"must be at least profile.torch_first_step = {first}"
-        yield Problem("profile.torch_last_step", last, allowed)
+        allowed = f"must be at least monitor.profile.torch_first_step = {first}"
+        yield Problem("monitor.profile.torch_last_step", last, allowed)
 
 
 def _profiled_ranks(config: RunConfig) -> Iterator[Problem]:
-    ranks, size = config.profile.torch_ranks, config.parallel.world_size
+    ranks, size = config.monitor.profile.torch_ranks, config.parallel.world_size
     if any(rank >= size for rank in ranks):
         allowed = f"must be below parallel.world_size = {size}"
-        yield Problem("profile.torch_ranks", list(ranks), allowed)
+        yield Problem("monitor.profile.torch_ranks", list(ranks), allowed)
 
 
 def _recomputed_once(config: RunConfig) -> Iterator[Problem]:

@@ -12,7 +12,6 @@ from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.config.sections.monitor import MonitorConfig
 from dsv2_train.config.sections.optim import OptimConfig
 from dsv2_train.config.sections.parallel import ParallelConfig
-from dsv2_train.config.sections.profile import ProfileConfig
 from dsv2_train.config.sections.recipe import RecipeConfig
 
 
@@ -46,4 +45,3 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig
     monitor: MonitorConfig
     cluster: ClusterConfig
-    profile: ProfileConfig = ProfileConfig()

@@ -11,8 +11,10 @@ from torch import nn
 from dsv2_train.config.placement import Placement
 from dsv2_train.distributed.lanes import Lanes
 from dsv2_train.ops.main_grad import DeferredGradients
+from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import Action, with_messages
 from dsv2_train.pipeline.plans import Op, Plan
+from dsv2_train.pipeline.simulate import simulate
 from dsv2_train.pipeline.stage.agreement import StepShape, order_of, require_agreement
 from dsv2_train.pipeline.stage.gradients import ChunkSync
 from dsv2_train.pipeline.stage.recorder import Recorder
@@ -104,7 +106,8 @@ class Executor:
             What was reported for each micro-batch, on the stage with the last chunk.
 
         Raises:
-            DisagreementError: stages that are about to run different steps.
+        PlanError: a plan that cannot be run.
+        DisagreementError: stages that are about to run different steps.
 
         Note:
             Collective over the pipeline, and over data-parallel ranks for gradients and weights.
@@ -142,4 +145,7 @@ class Executor:
         return everyone
 
     def _prepare(self, plan: Plan) -> tuple[Plan, tuple[Action, ...], int]:
-        return plan, with_messages(plan)[self._stage.index], order_of(plan)
+        """A plan, proved; this stage's actions; the number of its order."""
+        program = with_messages(plan)
+        simulate(plan, Costs.equal(plan.placement, 1.0, 1.0, 1.0), program)
+        return plan, program[self._stage.index], order_of(plan)

@@ -25,6 +25,7 @@ _COLORS = {
     "BW": "#a0526f",
     "wait": "#e8e8e8",
     "reduction": "#8a76b0",
+    "update": "#c9a227",
 }
 _OTHER_COLOR = "#b8b8b8"
 

@@ -16,8 +16,8 @@ from dsv2_train.distributed.env import Env
 from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.optim.zero import ZeroOptimizer
 from dsv2_train.pipeline.executor import Executor
+from dsv2_train.pipeline.profiler import Profiler
 from dsv2_train.recipe.clock import Clock, Schedule
-from dsv2_train.train.profiler import Profiler
 from dsv2_train.train.signals import StopSignals
 from dsv2_train.train.telemetry import Telemetry
 

@@ -20,9 +20,9 @@ from dsv2_train.monitor.report import StartUp, start_up_table
 from dsv2_train.optim.adam import choose_adam
 from dsv2_train.optim.build import build_optimizer, wrap
 from dsv2_train.pipeline.build import build_executor
+from dsv2_train.pipeline.profiler import Profiler
 from dsv2_train.recipe.clock import Clock, Schedule
 from dsv2_train.recipe.parameters import model_parameters, stage_parameters
-from dsv2_train.train.profiler import Profiler
 from dsv2_train.train.run import Run
 from dsv2_train.train.signals import StopSignals
 from dsv2_train.train.telemetry import Telemetry

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2_train.config.problems import Problem
+from dsv2_train.config.schedules import placement_shape
 
 _SAME_MODEL = "the weights are those of another model"
 _SAME_ORDER = "the position in the data means other samples"
@@ -20,7 +21,6 @@ _REFUSED = {
     "recipe.precision": _SAME_STATE,
     "parallel.world_size": _SAME_LAYOUT,
     "parallel.pp": _SAME_LAYOUT,
-    "parallel.schedule": _SAME_LAYOUT,
     "parallel.chunks": _SAME_LAYOUT,
     "parallel.ep": _SAME_LAYOUT,
     "parallel.layers_per_chunk": _SAME_LAYOUT,
@@ -55,10 +55,17 @@ def refused(found: list[Change], folder: Path) -> list[Problem]:
     problems: list[Problem] = []
     for change in found:
         reason = next((why for key, why in _REFUSED.items() if _is_in(change.path, key)), None)
+        if change.path == "parallel.schedule" and _moves_chunks(change):
+            reason = _SAME_LAYOUT
         if reason is not None:
             advice = f"{folder} was trained with {change.before}: {reason}; choose another run.name"
             problems.append(Problem(change.path, change.now, advice))
     return problems
+
+
+def _moves_chunks(change: Change) -> bool:
+    """Whether two schedules place two chunks differently; for other numbers all place alike."""
+    return placement_shape(str(change.before), 2) != placement_shape(str(change.now), 2)
 
 
 def _is_in(path: str, key: str) -> bool:

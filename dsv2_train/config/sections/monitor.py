@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dsv2_train.config.sections.base import Section
 
@@ -21,6 +21,20 @@ class AlertConfig(Section):
     patience_rows: PositiveInt = 5
 
 
+class ProfileConfig(Section):
+    """Pictures and traces of chosen steps; they cost those steps some time.
+
+    `timeline_steps`: steps whose pipeline is drawn beside its plan, in `<run>/timelines/`.
+    `torch_first_step` to `torch_last_step`: window of torch's profiler on `torch_ranks`, traces in
+    `<run>/torch_profile/`.
+    """
+
+    timeline_steps: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
+    torch_first_step: PositiveInt | None = None
+    torch_last_step: PositiveInt | None = None
+    torch_ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] = (0,)
+
+
 class MonitorConfig(Section):
     """Metrics go to the console, to metrics.jsonl and to wandb.
 
@@ -32,3 +46,4 @@ class MonitorConfig(Section):
     wandb: Literal["online", "offline", "disabled"]
     wandb_project: str = Field(default="dsv2_train", min_length=1)
     alerts: AlertConfig = AlertConfig()
+    profile: ProfileConfig = ProfileConfig()

@@ -46,7 +46,8 @@ class Mailbox:
     def take(self, action: Action) -> Tensor | None:
         """The activation of an F, the gradient of a B or BW; None for what needs none."""
         if action.takes is None:
-            return self._at_hand.pop(_key(action.op, action.op.chunk), None)
+            op = action.op
+            return self._at_hand.pop(_key(op, op.chunk)) if self._has_input(op) else None
         work, buffer = self._receiving.pop(action.takes)
         work.wait()
         return buffer
@@ -66,6 +67,13 @@ class Mailbox:
         """Wait until everything is sent."""
         while self._sending:
             self._sending.popleft()[0].wait()
+
+    def _has_input(self, op: Op) -> bool:
+        """Whether an op needs another chunk's result: not W, the model's first F and its last B."""
+        virtual_stage = self._placement.virtual_stage(self._stage, op.chunk)
+        if op.kind is Kind.F:
+            return virtual_stage > 0
+        return op.kind is not Kind.W and virtual_stage < self._placement.num_virtual_stages - 1
 
     def _next_chunk(self, op: Op) -> int:
         virtual_stage = self._placement.virtual_stage(self._stage, op.chunk)

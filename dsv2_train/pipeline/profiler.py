@@ -16,7 +16,7 @@ from dsv2_train.pipeline.timeline import Timeline, of_simulation, write_picture,
 
 
 class Profiler:
-    """Looks at the steps that `profile` names.
+    """Looks at the steps that `monitor.profile` names.
 
     Args:
         config: the run.
@@ -25,7 +25,7 @@ class Profiler:
     """
 
     def __init__(self, config: RunConfig, env: Env, executor: Executor) -> None:
-        self._config, self._env, self._executor = config.profile, env, executor
+        self._profile, self._env, self._executor = config.monitor.profile, env, executor
         self._folder = config.run.folder
         self._torch: profile | None = None
 
@@ -36,14 +36,20 @@ class Profiler:
         Note:
             Where the step's timeline is drawn: collective over the ranks of each pipeline.
         """
-        drawn = number in self._config.timeline_steps
+        recorder = None
+        if number in self._profile.timeline_steps:
+            recorder = Recorder(self._env.device)
         self._start_torch(number)
-        self._executor.recorder = Recorder(self._env.device) if drawn else None
-        yield
-        if drawn:
-            self._draw(number)
-        if number == self._config.torch_last_step:
-            self.end()
+        self._executor.recorder = recorder
+        try:
+            yield
+        finally:
+            self._executor.recorder = None
+            if number == self._profile.torch_last_step:
+                self.end()
+        if recorder is not None:
+            recorder.mark("update", "update")
+            self._draw(number, recorder)
 
     def end(self) -> None:
         """Write the trace of a window that is open."""
@@ -56,11 +62,11 @@ class Profiler:
         self._torch = None
 
     def _start_torch(self, number: int) -> None:
-        first, last = self._config.torch_first_step, self._config.torch_last_step
+        first, last = self._profile.torch_first_step, self._profile.torch_last_step
         is_inside = first is not None and last is not None and first <= number <= last
         if not is_inside or self._torch is not None:
             return
-        if self._env.rank not in self._config.torch_ranks:
+        if self._env.rank not in self._profile.torch_ranks:
             return
         activities = [ProfilerActivity.CPU]
         if self._env.device.type == "cuda":
@@ -68,9 +74,9 @@ class Profiler:
         self._torch = profile(activities=activities)
         self._torch.start()
 
-    def _draw(self, number: int) -> None:
-        recorder, plan = self._executor.recorder, self._executor.plan
-        assert recorder is not None and plan is not None
+    def _draw(self, number: int, recorder: Recorder) -> None:
+        plan = self._executor.plan
+        assert plan is not None
         timeline = self._executor.gathered(recorder.events())
         if self._env.rank != 0:
             return
