@@ -2,10 +2,10 @@
 
 Stages sleep F, B and W, so that a step tests the schedule and its runtime, and nothing else. Every
 contender's sleeps are compared with the order that its theory is simulated for; megatron-core's
-and torch's too.
+and torch's too. What few cores make of many processes that wake up together is in all of them: a
+bare loop of sleeps and messages shows how much.
 """
 
-import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,33 +14,38 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from benchmarks.pipeline_ours import bare_loop, executor
 from benchmarks.pipeline_peers import (
-    Contender,
     let_megatron_core_interleave,
     megatron_core,
     megatron_core_groups,
     torch_zb_v,
 )
 from benchmarks.ranks import run_processes
-from benchmarks.sleeping import (
-    ACTIVATION_SHAPE,
-    HIDDEN_SIZE,
-    SleepingStage,
-    Slept,
-    forward_step,
-)
+from benchmarks.sleeping import Contender, Slept, parts
 from benchmarks.timing import Ratio, Times, alternate, ratio
-from dsv2_train.distributed.lanes import Lanes, build_lanes
+from dsv2_train.distributed.lanes import build_lanes
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.executor import Activation, Executor
-from dsv2_train.pipeline.plans import Kind, Placement, Plan
+from dsv2_train.pipeline.plans import Placement, Plan
 from dsv2_train.pipeline.schedules.build import build_plan
 from dsv2_train.pipeline.simulate import simulate
 
 MEGATRON_1F1B = "megatron-core 1f1b"
-MEGATRON_INTERLEAVED = "megatron-core interleaved v=4"
-TORCH_ZB_V = "torch zb_v"
-OURS = (("1f1b", 1), ("zb_h1", 1), ("zb_v", 2), ("search", 2), ("interleaved_zb", 4))
+TORCH_ZB_V = "torch zb_v v=2"
+# Runtime, schedule, chunks a stage; and torch's ZB-V.
+CONTENDERS = (
+    ("megatron-core", "1f1b", 1),
+    ("megatron-core", "interleaved", 4),
+    ("dsv2_train", "1f1b", 1),
+    ("dsv2_train", "zb_h1", 1),
+    ("dsv2_train", "zb_v", 2),
+    ("dsv2_train", "search", 2),
+    ("dsv2_train", "interleaved_zb", 4),
+    ("bare loop", "zb_v", 2),
+    ("bare loop", "interleaved_zb", 4),
+)
+
+Planned = Mapping[str, tuple[str, Plan]]
 
 _LANE_TIMEOUT_S = 300.0
 
@@ -115,18 +120,17 @@ def compare_runtimes(step: PipelineStep, repeats: int) -> list[PipelineRow]:
     return rows(step, run_processes(measure, step.num_stages, step, plans(step), repeats))
 
 
-def plans(step: PipelineStep) -> dict[str, Plan]:
-    """Orders of ops by contender, but for torch's, which torch tells."""
-    named = {MEGATRON_1F1B: ("1f1b", 1), MEGATRON_INTERLEAVED: ("interleaved", 4)}
-    named |= {f"dsv2_train {name}" + f" v={v}" * (v > 1): (name, v) for name, v in OURS}
-    costs = {v: step.costs(Placement(step.num_stages, v, "loop")) for v in (1, 2, 4)}
-    return {
-        name: build_plan(schedule, step.num_stages, step.num_microbatches, v, costs[v])
-        for name, (schedule, v) in named.items()
-    }
+def plans(step: PipelineStep) -> Planned:
+    """Runtime and order of ops by contender, but for torch's, which torch tells."""
+    planned = {}
+    for runtime, schedule, v in CONTENDERS:
+        costs = step.costs(Placement(step.num_stages, v, "loop"))  # equal ones: of any shape
+        plan = build_plan(schedule, step.num_stages, step.num_microbatches, v, costs)
+        planned[f"{runtime} {schedule}" + f" v={v}" * (v > 1)] = runtime, plan
+    return planned
 
 
-def measure(step: PipelineStep, planned: Mapping[str, Plan], repeats: int) -> dict[str, Measured]:
+def measure(step: PipelineStep, planned: Planned, repeats: int) -> dict[str, Measured]:
     """Time steps on this rank, by contender; the ranks of the world are the stages.
 
     Raises:
@@ -182,36 +186,19 @@ def _row(
     )
 
 
-def _contenders(step: PipelineStep, planned: Mapping[str, Plan]) -> Iterator[tuple[str, Contender]]:
+def _contenders(step: PipelineStep, planned: Planned) -> Iterator[tuple[str, Contender]]:
     let_megatron_core_interleave()
-    groups = megatron_core_groups()
     lanes = build_lanes([range(step.num_stages)], _LANE_TIMEOUT_S, torch.device("cpu"))
-    for name, plan in planned.items():
-        costs = step.costs(plan.placement)
-        if name in (MEGATRON_1F1B, MEGATRON_INTERLEAVED):
-            yield name, megatron_core(groups, plan, costs)
-        else:
-            yield name, _ours(lanes, plan, costs)
+    build = {
+        "megatron-core": partial(megatron_core, megatron_core_groups()),
+        "dsv2_train": partial(executor, lanes),
+        "bare loop": partial(bare_loop, lanes),
+    }
+    for name, (runtime, plan) in planned.items():
+        yield name, build[runtime](plan, step.costs(plan.placement))
     yield TORCH_ZB_V, torch_zb_v(step.num_microbatches, step.costs)
 
 
-def _ours(lanes: Lanes, plan: Plan, costs: Costs) -> Contender:
-    stage = SleepingStage(plan.placement, lanes.stage, costs)
-    activation = Activation(HIDDEN_SIZE, torch.float32, torch.device("cpu"))
-    executor = Executor(stage.chunks, [], plan.placement, lanes, activation, lambda *_: plan)
-    step = partial(
-        executor,
-        forward_step_func=forward_step,
-        data_iterator=[itertools.repeat(torch.zeros(ACTIVATION_SHAPE)) for _ in stage.chunks],
-        num_microbatches=plan.num_microbatches,
-        seq_length=ACTIVATION_SHAPE[0],
-        micro_batch_size=ACTIVATION_SHAPE[1],
-        forward_only=False,
-    )
-    return Contender(plan, stage, step)
-
-
 def _sleeps(plan: Plan, stage: int) -> Slept:
-    """What a stage sleeps in a step; of a BW, B and then W."""
-    parts = {Kind.BW: (Kind.B, Kind.W)}
-    return [(kind, op.chunk) for op in plan.ops[stage] for kind in parts.get(op.kind, (op.kind,))]
+    """What a stage sleeps in a step."""
+    return [(kind, op.chunk) for op in plan.ops[stage] for kind in parts(op.kind)]

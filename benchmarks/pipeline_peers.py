@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -18,28 +17,19 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, ScheduleZBVZeroBubble
 from torch.distributed.pipelining.schedules import _Action
 
-from benchmarks.sleeping import ACTIVATION_SHAPE, HIDDEN_SIZE, SleepingStage, forward_step
+from benchmarks.sleeping import (
+    ACTIVATION_SHAPE,
+    HIDDEN_SIZE,
+    Contender,
+    SleepingStage,
+    forward_step,
+)
 from dsv2_train.distributed import cpu_ranks
 from dsv2_train.ops.main_grad import Deferred, DeferredGradients
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Kind, Op, Placement, Plan
 
 _TORCHS_KINDS = {"FORWARD": Kind.F, "BACKWARD_INPUT": Kind.B, "BACKWARD_WEIGHT": Kind.W}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A runtime with stages to run.
-
-    Attributes:
-        plan: the order in which all stages run their ops.
-        stage: this rank's.
-        step: runs a step.
-    """
-
-    plan: Plan
-    stage: SleepingStage
-    step: Callable[[], object]
 
 
 def megatron_core(groups: ProcessGroupCollection, plan: Plan, costs: Costs) -> Contender:

@@ -6,6 +6,7 @@ What a step of theirs takes longer than its schedule in theory is the runtime's.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from dsv2_train.config.placement import Placement
 from dsv2_train.ops.main_grad import add_gradient
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Kind
+from dsv2_train.pipeline.plans import Kind, Plan
 
 HIDDEN_SIZE = 8
 ACTIVATION_SHAPE = (1, 1, HIDDEN_SIZE)  # positions, samples, width
@@ -119,6 +120,21 @@ class _Identity(torch.autograd.Function):
         return input_gradient, add_gradient(ctx.weight, ctx.chunk.add_weight_gradient), None
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A runtime with stages to run.
+
+    Attributes:
+        plan: the order in which all stages run their ops.
+        stage: this rank's.
+        step: runs a step.
+    """
+
+    plan: Plan
+    stage: SleepingStage
+    step: Callable[[], object]
+
+
 def forward_step(
     data: Any, chunk: nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
@@ -126,3 +142,8 @@ def forward_step(
     assert isinstance(chunk, SleepingChunk)
     hidden = next(data) if chunk.received is None else chunk.received
     return chunk(hidden), lambda output: (output.sum(), {})
+
+
+def parts(kind: Kind) -> tuple[Kind, ...]:
+    """What a stage sleeps in an op: of a BW, B and then W."""
+    return (Kind.B, Kind.W) if kind is Kind.BW else (kind,)

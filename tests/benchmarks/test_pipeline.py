@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import pipeline
-from benchmarks.pipeline import Measured, PipelineStep, measure, plans, rows
-from dsv2_train.pipeline.plans import Kind, Plan
+from benchmarks.pipeline import Measured, PipelineStep, Planned, measure, plans, rows
+from dsv2_train.pipeline.plans import Kind
 from tests.helpers.world import World
 
 STEP = PipelineStep(
@@ -15,7 +15,7 @@ STEP = PipelineStep(
 REPEATS = 1
 
 
-def _measured(rank: int, planned: dict[str, Plan]) -> dict[str, Measured]:
+def _measured(rank: int, planned: Planned) -> dict[str, Measured]:
     """Raises where a stage does not sleep F, B and W in the order of its plan."""
     del rank
     return measure(STEP, planned, REPEATS)
@@ -36,11 +36,10 @@ def test_every_runtime_sleeps_its_plan_and_takes_at_least_its_time(world: World)
 
 
 def test_a_runtime_that_sleeps_in_another_order_is_found(world: World) -> None:
-    planned = plans(STEP)
-    name = "dsv2_train 1f1b"
-    gpipe = tuple(
-        tuple(sorted(ops, key=lambda op: op.kind is not Kind.F)) for ops in planned[name].ops
+    runtime, plan = plans(STEP)[pipeline.MEGATRON_1F1B]
+    forwards_first = tuple(
+        tuple(sorted(ops, key=lambda op: op.kind is not Kind.F)) for ops in plan.ops
     )
-    planned = {pipeline.MEGATRON_1F1B: replace(planned[name], ops=gpipe)}
-    with pytest.raises(RuntimeError, match=r"megatron-core 1f1b: stage . did not sleep as planned"):
+    planned = {pipeline.MEGATRON_1F1B: (runtime, replace(plan, ops=forwards_first))}
+    with pytest.raises(RuntimeError, match=r"1f1b: stage \d did not sleep as planned"):
         world.run(_measured, STEP.num_stages, planned)
