@@ -84,7 +84,7 @@ class ZeroOptimizer:
 
         Note:
             Collective over all ranks: one all-reduce of one number, then the gathering of weights,
-            here or, with `overlap_param_gather`, at the next forward pass. Scales the gradient
+            here or, with `overlap_param_gather`, by the executor when its next step begins. Scales the gradient
             buffers in place. Nothing is read back to the host, unless AdamW runs there.
         """
         norm = self._grad_norm()

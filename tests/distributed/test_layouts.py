@@ -64,6 +64,15 @@ LAYOUTS = {
         4,
         ("parallel.pp=2", "parallel.schedule=zb_v", "parallel.chunks=2"),
     ),
+    "PP2 DP2, zb_h1, nothing overlaps": (
+        4,
+        (
+            "parallel.pp=2",
+            "parallel.schedule=zb_h1",
+            "parallel.overlap_grad_reduce=false",
+            "parallel.overlap_param_gather=false",
+        ),
+    ),
     "PP2 EP2, interleaved": (
         4,
         ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=interleaved", "parallel.chunks=2"),

@@ -62,7 +62,13 @@ MORE = {
         "parallel.ep=2",
     ),
     "search, DP 2, nothing overlaps": (
-        _of("search", 2, 2, "parallel.overlap_grad_reduce=false"),
+        _of(
+            "search",
+            2,
+            2,
+            "parallel.overlap_grad_reduce=false",
+            "parallel.overlap_param_gather=false",
+        ),
         "parallel.ep=1",
     ),
 }
