@@ -84,8 +84,9 @@ class ZeroOptimizer:
 
         Note:
             Collective over all ranks: one all-reduce of one number, then the gathering of weights,
-            here or, with `overlap_param_gather`, by the executor when its next step begins. Scales the gradient
-            buffers in place. Nothing is read back to the host, unless AdamW runs there.
+            here or, with `overlap_param_gather`, by the executor when its next step begins. Scales
+            the gradient buffers in place. Nothing is read back to the host, unless AdamW runs
+            there.
         """
         norm = self._grad_norm()
         self._clip(norm)
