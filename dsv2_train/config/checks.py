@@ -142,16 +142,23 @@ def _room_for_every_chunk(config: RunConfig) -> Iterator[Problem]:
 
 
 def _layers_divide(config: RunConfig) -> Iterator[Problem]:
-    count, layers = config.parallel.pp * config.parallel.chunks, config.model.num_layers
+    pp, chunks, layers = config.parallel.pp, config.parallel.chunks, config.model.num_layers
+    count = pp * chunks
     if config.parallel.layers_per_chunk is None and layers % count and count < layers:
         base, extra = divmod(layers, count)
         example = [base + (idx < extra) for idx in range(count)]
-        divisors = [each for each in range(1, layers + 1) if layers % each == 0]
-        below, above = max(d for d in divisors if d < count), min(d for d in divisors if d > count)
+        divide = [each for each in range(1, layers + 1) if layers % (each * chunks) == 0]
+        below, above = (
+            [each for each in divide if each < pp],
+            [each for each in divide if each > pp],
+        )
+        nearest = [*below[-1:], *above[:1]]
         allowed = (
             f"must be set: {layers} layers do not divide over parallel.pp * parallel.chunks = "
-            f"{count}; for instance {example}, or {below} or {above} chunks in all"
+            f"{count}; for instance {example}"
         )
+        if nearest:
+            allowed += f"; or parallel.pp {' or '.join(map(str, nearest))}"
         yield Problem("parallel.layers_per_chunk", None, allowed)
 
 

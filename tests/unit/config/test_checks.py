@@ -211,5 +211,8 @@ def test_layers_that_do_not_divide_need_a_split_and_the_example_is_one(
         example = re.search(r"\[[0-9, ]+\]", problem.allowed)
         assert example is not None
         assert SPLIT not in paths_of(*layout, *layers, f"{SPLIT}={example[0].replace(' ', '')}")
-        below, above = map(int, re.findall(r"or (\d+) or (\d+) chunks", problem.allowed)[0])
-        assert num_layers % below == num_layers % above == 0 and below < pp < above
+        below, above = re.findall(r"or parallel\.pp (\d+) or (\d+)", problem.allowed)[0]
+        assert int(below) < pp < int(above)
+        for other in (below, above):
+            changed = ("parallel.ep=1", f"parallel.pp={other}", f"parallel.world_size={other}")
+            assert not {SPLIT, "parallel.pp"} & set(paths_of(*changed, *layers))
