@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.cli.resolve import resolve
-from dsv2_train.config.schedules import SCHEDULES, placement_shape, why_impossible
+from dsv2_train.config.schedules import SCHEDULES, Layout, is_possible, placement_shape
 from dsv2_train.config.sections.parallel import Recomputed
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Placement
@@ -99,7 +99,7 @@ def draw(path: Path) -> None:
 def _layouts(num_layers: int | None = None) -> Iterator[tuple[str, Placement]]:
     for schedule in SCHEDULES:
         for chunks in range(1, MAX_CHUNKS + 1):
-            if why_impossible(schedule, NUM_STAGES, 1, chunks, num_layers=num_layers) is None:
+            if is_possible(Layout(schedule, NUM_STAGES, chunks, num_layers=num_layers)):
                 shape = placement_shape(schedule, chunks)
                 yield schedule, Placement(NUM_STAGES, chunks, shape)
 

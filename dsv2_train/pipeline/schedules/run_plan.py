@@ -1,6 +1,7 @@
 """The plan of a run: its schedule, split and durations by its configuration."""
 
 from dsv2_train.config.run import RunConfig
+from dsv2_train.config.schedules import TRAITS
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules.build import build_plan
@@ -35,6 +36,6 @@ def run_plan(config: RunConfig, num_microbatches: int) -> Plan:
         parallel.pp,
         num_microbatches,
         parallel.chunks,
-        run_costs(config) if parallel.schedule == "search" else None,
+        run_costs(config) if TRAITS[parallel.schedule].is_searched else None,
         parallel.max_activations,
     )
