@@ -30,10 +30,11 @@ from benchmarks.sleeping import (
     forward_step,
 )
 from benchmarks.timing import Ratio, Times, alternate, ratio
+from dsv2_train.config.placement import Placement
 from dsv2_train.distributed.lanes import Lanes, build_lanes
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.executor import Activation, Executor
-from dsv2_train.pipeline.plans import Kind, Placement, Plan
+from dsv2_train.pipeline.plans import Kind, Plan
 from dsv2_train.pipeline.schedules.build import build_plan
 from dsv2_train.pipeline.simulate import simulate
 
