@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.cli.resolve import resolve
-from dsv2_train.config.schedules import SCHEDULES, placement_shape, why_impossible
+from dsv2_train.config.placement import Placement
+from dsv2_train.config.schedules import SCHEDULES, Layout, is_possible, placement_shape
 from dsv2_train.config.sections.parallel import Recomputed
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Placement
 from dsv2_train.pipeline.schedules.build import build_plan
 from dsv2_train.pipeline.schedules.model_costs import (
-    Speeds,
     head_layers,
     model_costs,
     split_layers,
 )
+from dsv2_train.pipeline.schedules.run_plan import REFERENCE_SPEEDS
 from dsv2_train.pipeline.simulate import Simulation, simulate
 from dsv2_train.pipeline.timeline import of_simulation, write_picture
 
@@ -24,7 +24,6 @@ NUM_MICROBATCHES = (16, 18, 32, 36, 72, 80, 144)
 MAX_CHUNKS = 4
 EQUAL = {"F:B:W = 1:1:1": (1.0, 1.0, 1.0), "F:B:W = 1.27:2.02:1": (1.27, 2.02, 1.0)}
 LAYERS = "DeepSeek-V2's layers and head"
-SPEEDS = Speeds(products_tflops=600.0, attention_tflops=555.0, attention_grad_tflops=420.0)
 RECOMPUTE: tuple[Recomputed, ...] = ("mla_up_projection",)
 SEQUENCE_LENGTH = 4096
 COMMUNICATION_S = 0.84e-3
@@ -55,11 +54,13 @@ def compare() -> dict[str, list[Row]]:
         for title, durations in EQUAL.items()
     }
     model = resolve(["experiment=dsv2_236b_pretrain"], need_data=False).model
-    head = head_layers(model, SEQUENCE_LENGTH, SPEEDS, RECOMPUTE)
+    head = head_layers(model, SEQUENCE_LENGTH, REFERENCE_SPEEDS, RECOMPUTE)
     tables[LAYERS] = []
     for schedule, place in _layouts(model.num_layers):
         layers = split_layers(model.num_layers, place, head)
-        costs = model_costs(model, layers, SEQUENCE_LENGTH, SPEEDS, RECOMPUTE, COMMUNICATION_S)
+        costs = model_costs(
+            model, layers, SEQUENCE_LENGTH, REFERENCE_SPEEDS, RECOMPUTE, COMMUNICATION_S
+        )
         tables[LAYERS].append(_row((schedule, place), costs))
     return tables
 
@@ -99,7 +100,7 @@ def draw(path: Path) -> None:
 def _layouts(num_layers: int | None = None) -> Iterator[tuple[str, Placement]]:
     for schedule in SCHEDULES:
         for chunks in range(1, MAX_CHUNKS + 1):
-            if why_impossible(schedule, NUM_STAGES, 1, chunks, num_layers=num_layers) is None:
+            if is_possible(Layout(schedule, NUM_STAGES, chunks, num_layers=num_layers)):
                 shape = placement_shape(schedule, chunks)
                 yield schedule, Placement(NUM_STAGES, chunks, shape)
 

@@ -24,9 +24,10 @@ from benchmarks.pipeline_peers import (
 from benchmarks.ranks import run_processes
 from benchmarks.sleeping import Contender, Slept, parts
 from benchmarks.timing import Ratio, Times, alternate, ratio
+from dsv2_train.config.placement import Placement
 from dsv2_train.distributed.lanes import build_lanes
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Placement, Plan
+from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules.build import build_plan
 from dsv2_train.pipeline.simulate import simulate
 

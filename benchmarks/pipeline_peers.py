@@ -24,10 +24,11 @@ from benchmarks.sleeping import (
     SleepingStage,
     forward_step,
 )
+from dsv2_train.config.placement import Placement
 from dsv2_train.distributed import cpu_ranks
 from dsv2_train.ops.main_grad import Deferred, DeferredGradients
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.plans import Kind, Op, Placement, Plan
+from dsv2_train.pipeline.plans import Kind, Op, Plan
 
 _TORCHS_KINDS = {"FORWARD": Kind.F, "BACKWARD_INPUT": Kind.B, "BACKWARD_WEIGHT": Kind.W}
 

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 from dsv2_train.cli.compose import compose_values
-from dsv2_train.config.checks import Check, passing_over_absent
 from dsv2_train.config.load import check, missing
 from dsv2_train.config.packages import PACKAGES
-from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.config.problems import Check, ConfigError, Problem, passing_over_absent
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.check import check_config
 

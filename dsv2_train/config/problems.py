@@ -1,6 +1,16 @@
-"""What a user is told when a configuration is wrong: every mistake at once."""
+"""What a user is told when a configuration is wrong: every mistake at once.
 
+A check tells one fact and reads no field that the fact does not need: so a field that is itself
+wrong hides the facts about it and no other.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+from dsv2_train.config.run import RunConfig
+from dsv2_train.config.sections.base import Absent
 
 
 @dataclass(frozen=True)
@@ -27,3 +37,20 @@ class ConfigError(Exception):
         count = len(self.problems)
         heading = f"{count} configuration problem{'s' if count != 1 else ''}:"
         return "\n".join([heading, *(f"  - {problem}" for problem in self.problems)])
+
+
+Check = Callable[[RunConfig], Iterator[Problem]]
+
+
+def passing_over_absent(check: Check, config: RunConfig) -> Iterator[Problem]:
+    """What a check finds; nothing where it needs a field that is itself wrong."""
+    with contextlib.suppress(Absent):
+        yield from check(config)
+
+
+def value_at(config: RunConfig, path: str) -> Any:
+    """What is at a dotted path; None where a section on the way is null."""
+    value: Any = config
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from dsv2_train.config.checks import passing_over_absent
-from dsv2_train.config.problems import Problem
+from dsv2_train.config.problems import Problem, passing_over_absent
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.sections.base import Absent
 from dsv2_train.data.manifest import (

@@ -43,7 +43,7 @@ def build_model(
     """
     place = config.parallel.placement
     virtual_stage = place.virtual_stage(groups.pp.rank(), chunk)
-    layers = chunk_layer_ranges(config.model, config.parallel)[virtual_stage]
+    layers = chunk_layer_ranges(config.parallel.split(config.model.num_layers))[virtual_stage]
     transformer = build_transformer_config(config.model, config.parallel, config.recipe)
     transformer.pipeline_model_parallel_layout = ChunkLayout(layers)
     transformer.use_cpu_initialization = device.type != "cuda"

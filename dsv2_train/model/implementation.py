@@ -7,7 +7,7 @@ import torch
 
 from dsv2_train.config.packages import PACKAGES
 from dsv2_train.config.problems import ConfigError, Problem
-from dsv2_train.config.schedules import splits_backward
+from dsv2_train.config.schedules import TRAITS
 from dsv2_train.config.sections.parallel import ParallelConfig
 
 
@@ -66,7 +66,7 @@ def _linear(
 ) -> Choice | Problem:
     choice = _torch_or_te("torch")(op, asked, parallel, device)
     by_te = isinstance(choice, Choice) and choice.implementation == "transformer_engine"
-    if asked == "auto" and by_te and splits_backward(parallel.schedule):
+    if asked == "auto" and by_te and TRAITS[parallel.schedule].splits_backward:
         return Choice(op, "torch", f"its weight gradients can wait, as {parallel.schedule} wants")
     return choice
 

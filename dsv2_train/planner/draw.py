@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from dsv2_train.config.run import RunConfig
-from dsv2_train.pipeline.schedules.run_plan import run_costs, run_plan
-from dsv2_train.pipeline.simulate import simulate
+from dsv2_train.pipeline.schedules.run_plan import simulated_step
 from dsv2_train.pipeline.timeline import as_text, of_simulation, write_picture, write_trace
 from dsv2_train.planner.layout import num_microbatches
 from dsv2_train.recipe.batch_ramp import batch_size_at
@@ -21,7 +20,7 @@ def draw_step(config: RunConfig, folder: Path) -> str:
         The step as text, a line a stage.
     """
     microbatches = num_microbatches(config, batch_size_at(config.recipe, 0))
-    simulation = simulate(run_plan(config, microbatches), run_costs(config))
+    simulation = simulated_step(config, microbatches)
     timeline = of_simulation(simulation)
     title = (
         f"{config.parallel.schedule}, {microbatches} micro-batches, {simulation.bubble:.1%} idle"

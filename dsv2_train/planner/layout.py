@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from dsv2_train.config.run import RunConfig
-from dsv2_train.pipeline.schedules.run_plan import run_costs, run_plan
-from dsv2_train.pipeline.simulate import simulate
+from dsv2_train.pipeline.schedules.run_plan import simulated_step
 from dsv2_train.planner.memory import RankMemory, stage_memory
 from dsv2_train.recipe.batch_ramp import batch_size_at
 from dsv2_train.recipe.flops import chunk_forward_flops
@@ -78,8 +77,9 @@ class Bubble:
 def plan_stages(config: RunConfig) -> tuple[StagePlan, ...]:
     """Every pipeline stage, first stage first."""
     model, parallel, per_node = config.model, config.parallel, config.cluster.ranks_per_node
-    flops = chunk_forward_flops(model, parallel, config.recipe.sequence_length, "causal")
-    ranges, place = chunk_layer_ranges(model, parallel), parallel.placement
+    split = parallel.split(model.num_layers)
+    flops = chunk_forward_flops(model, split, config.recipe.sequence_length, "causal")
+    ranges, place = chunk_layer_ranges(split), parallel.placement
     stages = zip(
         (place.virtual_stages(stage) for stage in range(parallel.pp)),
         stage_parameters(model, parallel),
@@ -122,7 +122,7 @@ def plan_bubbles(config: RunConfig) -> tuple[Bubble, ...]:
     bubbles = []
     for batch_size in sorted(sizes):
         microbatches = num_microbatches(config, batch_size)
-        found = simulate(run_plan(config, microbatches), run_costs(config))
+        found = simulated_step(config, microbatches)
         most = max(found.peak_activations)
         bubbles.append(Bubble(batch_size, microbatches, found.bubble, most))
     return tuple(bubbles)

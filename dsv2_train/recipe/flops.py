@@ -8,11 +8,11 @@ added for recomputation, nothing taken off for dropped tokens, norms and element
 are not counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from dsv2_train.config.sections.model import ModelConfig
-from dsv2_train.config.sections.parallel import ParallelConfig
 from dsv2_train.recipe.parameters import ParameterCount, chunk_parameters, model_parameters
 
 Context = Literal["causal", "full"]
@@ -78,14 +78,20 @@ def forward_flops(model: ModelConfig, sequence_length: int, context: Context) ->
 
 
 def chunk_forward_flops(
-    model: ModelConfig, parallel: ParallelConfig, sequence_length: int, context: Context
+    model: ModelConfig, split: Sequence[int], sequence_length: int, context: Context
 ) -> tuple[ForwardFlops, ...]:
-    """Forward operations per token of each chunk, in the order of the model."""
-    parameters = chunk_parameters(model, parallel)
-    num_layers = parallel.split(model.num_layers)
+    """Forward operations per token of each chunk, in the order of the model.
+
+    Args:
+        model: architecture.
+        split: layers of each chunk.
+        sequence_length: tokens a sequence.
+        context: as in `attention_core_flops`.
+    """
+    parameters = chunk_parameters(model, split)
     return tuple(
         _forward(model, held, layers, sequence_length, context)
-        for held, layers in zip(parameters, num_layers, strict=True)
+        for held, layers in zip(parameters, split, strict=True)
     )
 
 

@@ -3,7 +3,7 @@
 Checked against the released checkpoints: 235,741,434,880 (DeepSeek-V2), 15,706,484,224 (Lite).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from dsv2_train.config.sections.model import ModelConfig
@@ -72,29 +72,30 @@ def model_parameters(model: ModelConfig) -> ParameterCount:
 
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> tuple[ParameterCount, ...]:
     """Parameters of each pipeline stage, first stage first, all routed experts included."""
-    chunks, place = chunk_parameters(model, parallel), parallel.placement
+    chunks = chunk_parameters(model, parallel.split(model.num_layers))
+    place = parallel.placement
     return tuple(
         sum((chunks[idx] for idx in place.virtual_stages(stage)), ParameterCount())
         for stage in range(parallel.pp)
     )
 
 
-def chunk_parameters(model: ModelConfig, parallel: ParallelConfig) -> tuple[ParameterCount, ...]:
-    """Parameters of each chunk, in the order of the model.
+def chunk_parameters(model: ModelConfig, split: Sequence[int]) -> tuple[ParameterCount, ...]:
+    """Parameters of each chunk, in the order of the model; `split`: layers of each.
 
     The embedding is in the first one, the final norm and the head in the last one.
     """
-    chunks = [_layers(model, layers) for layers in chunk_layer_ranges(model, parallel)]
+    chunks = [_layers(model, layers) for layers in chunk_layer_ranges(split)]
     chunks[0] += _input(model)
     chunks[-1] += _output(model)
     return tuple(chunks)
 
 
-def chunk_layer_ranges(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, ...]:
-    """Indices of the layers of each chunk, counted through the model, in its order."""
+def chunk_layer_ranges(split: Sequence[int]) -> tuple[range, ...]:
+    """Indices of the layers of each chunk, counted through the model; `split`: how many each."""
     ranges: list[range] = []
     first = 0
-    for num_layers in parallel.split(model.num_layers):
+    for num_layers in split:
         ranges.append(range(first, first + num_layers))
         first += num_layers
     return tuple(ranges)

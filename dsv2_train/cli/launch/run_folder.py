@@ -11,9 +11,8 @@ from dsv2_train.checkpoint.layout import CheckpointError
 from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.cli.launch.changes import Change, changes, refused
 from dsv2_train.cli.launch.devices import too_few_devices
-from dsv2_train.config.checks import passing_over_absent
 from dsv2_train.config.load import read_values, to_yaml
-from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.config.problems import ConfigError, Problem, passing_over_absent
 from dsv2_train.config.run import RunConfig
 from dsv2_train.recipe.clock import Clock, Schedule
 

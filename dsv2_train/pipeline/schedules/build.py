@@ -1,7 +1,7 @@
 """The plan of a schedule by its name."""
 
 from dsv2_train.config.placement import Placement
-from dsv2_train.config.schedules import placement_shape, why_impossible
+from dsv2_train.config.schedules import TRAITS, Layout, placement_shape, why_impossible
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Kind, Plan
 from dsv2_train.pipeline.schedules import fixed
@@ -31,12 +31,12 @@ def build_plan(
         ValueError: the schedule cannot run this, with what can; or it holds more activations.
     """
     refusal = why_impossible(
-        schedule, num_stages, num_microbatches, num_chunks, max_activations=max_activations
+        Layout(schedule, num_stages, num_chunks, num_microbatches, max_activations=max_activations)
     )
     if refusal is not None:
         raise ValueError(str(refusal))
     place = Placement(num_stages, num_chunks, placement_shape(schedule, num_chunks))
-    if schedule == "search":
+    if TRAITS[schedule].is_searched:
         if costs is None:
             raise ValueError("costs: found None; search orders ops by their durations")
         most = place.num_virtual_stages if max_activations is None else max_activations

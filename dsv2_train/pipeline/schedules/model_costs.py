@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dsv2_train.config.placement import Placement
 from dsv2_train.config.sections.model import ModelConfig
-from dsv2_train.config.sections.parallel import ParallelConfig, Recomputed
+from dsv2_train.config.sections.parallel import Recomputed
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.recipe.flops import ForwardFlops, chunk_forward_flops
 
@@ -53,9 +53,7 @@ def model_costs(
         Seconds. 5.9, 9.6 and 4.6 ms for each layer of DeepSeek-V2 at 4096 tokens, speeds of 600,
         555 and 420 TFLOP/s and `mla_up_projection` recomputed.
     """
-    count = len(layers)
-    chunks = ParallelConfig(world_size=count, pp=count, layers_per_chunk=tuple(layers))
-    each = chunk_forward_flops(model, chunks, sequence_length, "causal")
+    each = chunk_forward_flops(model, layers, sequence_length, "causal")
     qk, v = model.qk_head_dim, model.v_head_dim
     core_grads = (3 * qk + 2 * v) / (qk + v)
 

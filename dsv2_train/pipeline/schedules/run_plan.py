@@ -1,10 +1,14 @@
 """The plan of a run: its schedule, split and durations by its configuration."""
 
+from functools import lru_cache
+
 from dsv2_train.config.run import RunConfig
+from dsv2_train.config.schedules import TRAITS
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules.build import build_plan
 from dsv2_train.pipeline.schedules.model_costs import Speeds, model_costs
+from dsv2_train.pipeline.simulate import Simulation, simulate
 
 # What an H800 reaches: products in bf16, FlashAttention forward and backward. Only their ratios
 # decide the order of a search.
@@ -35,6 +39,16 @@ def run_plan(config: RunConfig, num_microbatches: int) -> Plan:
         parallel.pp,
         num_microbatches,
         parallel.chunks,
-        run_costs(config) if parallel.schedule == "search" else None,
+        run_costs(config) if TRAITS[parallel.schedule].is_searched else None,
         parallel.max_activations,
     )
+
+
+@lru_cache(maxsize=4)
+def simulated_step(config: RunConfig, num_microbatches: int) -> Simulation:
+    """A step of the run as its schedule plans it; asked again it is the same record.
+
+    Raises:
+        ValueError: the schedule cannot run this layout.
+    """
+    return simulate(run_plan(config, num_microbatches), run_costs(config))

@@ -5,14 +5,14 @@ from random import Random
 from hypothesis import strategies as st
 
 from dsv2_train.config.placement import Placement
-from dsv2_train.config.schedules import SCHEDULES, placement_shape
+from dsv2_train.config.schedules import SCHEDULES, TRAITS, placement_shape
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_forward_plan
 from dsv2_train.pipeline.schedules.search import search
 
-FIXED = [schedule for schedule in SCHEDULES if schedule != "search"]
+FIXED = [schedule for schedule in SCHEDULES if not TRAITS[schedule].is_searched]
 CHUNKS = {"1f1b": [1], "zb_h1": [1], "zb_v": [2], "search": [1, 2, 3, 4]}
 
 

@@ -12,9 +12,10 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
+from dsv2_train.config.placement import Placement
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import with_messages
-from dsv2_train.pipeline.plans import Kind, Placement, Plan
+from dsv2_train.pipeline.plans import Kind, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_forward_plan, build_plan
 from dsv2_train.pipeline.simulate import peak_activations, simulate

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.cli.main import main
+from dsv2_train.config.run import RunConfig
+from dsv2_train.pipeline.plans import Plan
+from dsv2_train.pipeline.schedules import run_plan
 
 V2 = "experiment=dsv2_236b_pretrain"
 
@@ -81,3 +84,20 @@ def test_the_first_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (folder / "pipeline.png").read_bytes().startswith(b"\x89PNG")
     spans = json.loads((folder / "pipeline.json").read_text())["traceEvents"]
     assert sum(event["ph"] == "X" for event in spans) == 4 * 4 * 2
+
+
+def test_a_step_that_is_drawn_is_searched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def counted(config: RunConfig, num_microbatches: int) -> Plan:
+        made.append(num_microbatches)
+        return made_by(config, num_microbatches)
+
+    made_by = run_plan.run_plan
+    monkeypatch.setattr(run_plan, "run_plan", counted)
+    run_plan.simulated_step.cache_clear()
+    layout = ("parallel.pp=4", "parallel.ep=1", "parallel.schedule=search")
+    assert main(["plan", "experiment=quickstart", *layout, "--draw", str(tmp_path)]) == 0
+    assert made == [4]
