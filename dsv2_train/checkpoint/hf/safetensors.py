@@ -82,20 +82,31 @@ def read_header(path: Path) -> list[StoredTensor]:
     try:
         header = json.loads(text)
         header.pop(_METADATA, None)
-        return [_stored(path, name, entry, data, size_bytes) for name, entry in header.items()]
+        ranges = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        tensors = [_stored(path, name, entry, data) for name, entry in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: no safetensors file: its header: {error!r}") from error
+    expected = 0
+    for start, end, name in ranges:
+        if start != expected:
+            raise CheckpointError(
+                f"{path}: {name}: found at byte {start} of the data; the one before ends at "
+                f"{expected}"
+            )
+        expected = end
+    if data + expected != size_bytes:
+        raise CheckpointError(
+            f"{path}: cut off, or longer than its header says: found {size_bytes} bytes of "
+            f"{data + expected}"
+        )
+    return tensors
 
 
-def _stored(path: Path, name: str, entry: Any, data: int, size_bytes: int) -> StoredTensor:
+def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
     start, end = entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise ValueError(f"{name}: shape {shape} and data_offsets [{start}, {end}]")
-    if data + end > size_bytes:
-        raise CheckpointError(
-            f"{path}: cut off: {name} ends at byte {data + end}, the file at byte {size_bytes}"
-        )
     if dtype in ITEM_BYTES and end - start != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"{name}: {end - start} bytes for shape {shape} of {dtype}")
     return StoredTensor(name, shape, dtype, path, data + start)

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     done = export(source, arguments.out, arguments.shard_size, companions)
     print(
         f"{arguments.out}: {source.path} as Hugging Face has it\n"
-        f"  {done.num_tensors:,} tensors of {source.dtype}, {done.num_bytes / 1e9:,.3f} GB in "
+        f"  {done.num_tensors:,} tensors of {source.dtype}, {done.num_bytes:,} bytes in "
         f"{done.num_files:,} files, each equal to its checksum\n"
         f"  {told}"
     )
