@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 METADATA = ".metadata"
 MARKER = "COMPLETE"
 DATA_SUFFIX = ".distcp"
+CHECKPOINTS = "checkpoints"
 
 _STEP = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".tmp_"
@@ -70,3 +71,24 @@ def latest_complete(folder: Path) -> Path | None:
 def leftovers(folder: Path) -> list[Path]:
     """Temporary folders that no save has finished."""
     return sorted(folder.glob(f"{_TEMPORARY}step_*"))
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest complete one of a run.
+
+    Args:
+        path: a checkpoint, the folder that checkpoints are in, or a run folder.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if is_complete(path):
+        return path
+    found = latest_complete(path / CHECKPOINTS) or latest_complete(path)
+    if found is None:
+        what = "holds no complete checkpoint" if path.is_dir() else "no such folder"
+        raise CheckpointError(
+            f"{path}: {what}; must be a run folder, its {CHECKPOINTS} folder, or one of the "
+            f"step_<8 digits> folders in it that have a {MARKER} file"
+        )
+    return found

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from dsv2_train.checkpoint.layout import CheckpointError
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.data.manifest import DataError
 
@@ -14,7 +15,11 @@ VERBS = {
     "validate": "check a configuration and its data, start nothing",
     "plan": "what a run costs and where everything is, without a GPU",
     "train": "one rank of a run; launch/local.sh starts them all",
+    "export": "a checkpoint becomes a Hugging Face folder",
+    "import": "a Hugging Face folder becomes a checkpoint of weights",
 }
+# A verb's module has its name, unless it is told here.
+_MODULES = {"export": "hf.export_verb", "import": "hf.import_verb"}
 
 EXIT_FAILED = 1
 EXIT_CONFIG_ERROR = 2
@@ -27,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the verb and what is for it; the command line's if None.
 
     Returns:
-        Exit status: 0 done, 2 for a configuration or data that cannot be used, 1 otherwise.
+        Exit status: 0 done, 2 for a configuration, data or a checkpoint that cannot be used, 1
+        otherwise.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     verb, rest = words[:1], words[1:]
@@ -39,11 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report_errors(run: Callable[[], int]) -> int:
     """Call `run` and turn what ends it early into an exit status and a line for people.
 
-    A ConfigError or DataError is printed without a traceback; any other error keeps its traceback.
+    A ConfigError, DataError or CheckpointError is printed without a traceback; any other error
+    keeps its traceback.
     """
     try:
         return run()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG_ERROR
     except KeyboardInterrupt:
@@ -55,7 +62,7 @@ def report_errors(run: Callable[[], int]) -> int:
 
 
 def _run_verb(verb: str, rest: list[str]) -> int:
-    module = importlib.import_module(f"dsv2_train.cli.{verb}")
+    module = importlib.import_module(f"dsv2_train.cli.{_MODULES.get(verb, verb)}")
     parser = argparse.ArgumentParser(prog=f"dsv2 {verb}", description=VERBS[verb])
     module.add_arguments(parser)
     status: int = module.run(parser.parse_intermixed_args(rest))

@@ -17,6 +17,7 @@ from dsv2_train.config.checks import cross_check
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.sections.base import Section
+from dsv2_train.config.sections.model import ModelConfig
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -32,6 +33,12 @@ def check(values: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
     wrong_paths = {problem.path for problem in problems}
     problems += [found for found in cross_check(config) if found.path not in wrong_paths]
     return config, problems
+
+
+def check_model(values: object) -> tuple[ModelConfig, list[Problem]]:
+    """As `check`, of the model section alone: whatever else a run must say is not asked for."""
+    config, problems = check({"model": values})
+    return config.model, [problem for problem in problems if problem.path.startswith("model")]
 
 
 def load_file(path: Path) -> RunConfig:
@@ -73,6 +80,11 @@ def to_yaml(config: RunConfig) -> str:
     A required field that is still open is `???`, as in a preset.
     """
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+
+
+def model_to_yaml(model: ModelConfig) -> str:
+    """A model section as YAML, below the key that it has in a whole configuration."""
+    return OmegaConf.to_yaml(OmegaConf.create({"model": _plain(model)}))
 
 
 def _partial(cls: type[M], values: Mapping[str, Any], prefix: str) -> tuple[M, list[Problem]]:

@@ -1,5 +1,6 @@
 """Byte-level BPE in the manner of DeepSeek: trained here, or an existing tokenizer.json."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dsv2_train.data.manifest import DataError
+from dsv2_train.data.manifest import DataError, TokenizerRecord, describe_file, read_manifest
 
 BOS_TOKEN = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 EOS_TOKEN = "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -106,3 +107,34 @@ def encode_document(
     """Token ids of one document, [n] of `dtype`: begin of sentence, its text, end of sentence."""
     (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
     return np.array([bos_id, *encoding.ids, eos_id], dtype=dtype)
+
+
+def hugging_face_files(folder: Path, max_length: int) -> tuple[TokenizerRecord, dict[str, bytes]]:
+    """The tokenizer of a data folder as transformers reads it.
+
+    Args:
+        folder: written by `dsv2 prepare`.
+        max_length: longest sequence of the model, in tokens.
+
+    Returns:
+        Its record, and the files by name. As in `dsv2 prepare`, encoding adds no special token.
+
+    Raises:
+        DataError: if the folder cannot be used, or its tokenizer is not the manifest's.
+    """
+    record = read_manifest(folder).tokenizer
+    path = folder / record.file.name
+    tokenizer = load_tokenizer(path)
+    if describe_file(path) != record.file:
+        raise DataError(f"{path}: not the file of the manifest; restore it")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.id_to_token(record.bos_id),
+        "eos_token": tokenizer.id_to_token(record.eos_id),
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    return record, {
+        "tokenizer.json": path.read_bytes(),
+        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }

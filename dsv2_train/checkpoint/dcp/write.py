@@ -3,7 +3,7 @@
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ class WrittenPiece:
     checksum: int
 
 
-def write_pieces(path: Path, pieces: Sequence[Piece]) -> tuple[FileEntry, list[WrittenPiece]]:
+def write_pieces(path: Path, pieces: Iterable[Piece]) -> tuple[FileEntry, list[WrittenPiece]]:
     """Write pieces one after the other into a new file, and wait until it is on the disk.
 
     Args:

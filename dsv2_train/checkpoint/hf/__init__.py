@@ -1,0 +1,1 @@
+"""Models leave as Hugging Face folders and come back from them, tensor by tensor."""
