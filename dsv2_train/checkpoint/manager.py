@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import distributed as dist
 
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.checkpoint.restore import restore
 from dsv2_train.checkpoint.save import save
-from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.distributed.sharding import Piece
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 
 from torch import distributed as dist
 
-from dsv2_train.checkpoint.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 
 T = TypeVar("T")
 R = TypeVar("R")

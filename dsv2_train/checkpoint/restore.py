@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsv2_train.checkpoint import folder as folders
-from dsv2_train.checkpoint import layout
-from dsv2_train.checkpoint.checksum import add_checksums
 from dsv2_train.checkpoint.dcp.coverage import Range, by_key, coverage_problems, listing, ranges_of
 from dsv2_train.checkpoint.dcp.read import read_pieces
-from dsv2_train.checkpoint.layout import CheckpointError
-from dsv2_train.checkpoint.manifest import Manifest
+from dsv2_train.checkpoint.disk import folder as folders
+from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.checksum import add_checksums
+from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.manifest import Manifest
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
-from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.distributed.sharding import Piece
 
 

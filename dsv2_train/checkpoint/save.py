@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv2_train.checkpoint import folder as folders
-from dsv2_train.checkpoint import layout
-from dsv2_train.checkpoint.checksum import add_checksums
 from dsv2_train.checkpoint.dcp.coverage import Range, check_coverage, ranges_of
 from dsv2_train.checkpoint.dcp.metadata import metadata_bytes
 from dsv2_train.checkpoint.dcp.write import WrittenPiece, write_pieces
-from dsv2_train.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from dsv2_train.checkpoint.disk import folder as folders
+from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.checksum import add_checksums
+from dsv2_train.checkpoint.disk.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
-from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.distributed.sharding import Piece
 
 

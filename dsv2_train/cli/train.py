@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dsv2_train.checkpoint.layout import latest_complete
+from dsv2_train.checkpoint.disk.layout import latest_complete
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.checks import cross_check
 from dsv2_train.config.load import load_file

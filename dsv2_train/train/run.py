@@ -7,8 +7,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
-from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.config.load import to_yaml
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split

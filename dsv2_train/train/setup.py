@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
-from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split, open_split
 from dsv2_train.data.manifest import verify

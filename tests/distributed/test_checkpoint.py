@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_train.checkpoint.checksum import tensor_checksum
 from dsv2_train.checkpoint.dcp import write
-from dsv2_train.checkpoint.folder import open_verified
-from dsv2_train.checkpoint.layout import CheckpointError, latest_complete, step_folder
+from dsv2_train.checkpoint.disk.checksum import tensor_checksum
+from dsv2_train.checkpoint.disk.folder import open_verified
+from dsv2_train.checkpoint.disk.layout import CheckpointError, latest_complete, step_folder
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
-from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.distributed.sharding import Piece
 from tests.helpers.world import World
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dsv2_train.checkpoint.checksum import add_checksums, tensor_checksum
+from dsv2_train.checkpoint.disk.checksum import add_checksums, tensor_checksum
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.env import Env

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv2_train.checkpoint.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.distributed.sharding import Piece
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv2_train.checkpoint.checksum import add_checksums, tensor_checksum
-from dsv2_train.checkpoint.layout import CheckpointError
-from dsv2_train.checkpoint.manifest import Chunk, Manifest
+from dsv2_train.checkpoint.disk.checksum import add_checksums, tensor_checksum
+from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.manifest import Chunk, Manifest
 from dsv2_train.distributed.sharding import Piece
 
 _BLOCK_BYTES = 4 << 20

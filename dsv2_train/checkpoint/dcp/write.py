@@ -12,9 +12,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dsv2_train.checkpoint.checksum import add_checksums, tensor_checksum
 from dsv2_train.checkpoint.dcp.archive import stream_header
-from dsv2_train.checkpoint.manifest import FileEntry
+from dsv2_train.checkpoint.disk.checksum import add_checksums, tensor_checksum
+from dsv2_train.checkpoint.disk.manifest import FileEntry
 from dsv2_train.distributed.sharding import Piece
 
 _BLOCK_BYTES = 4 << 20

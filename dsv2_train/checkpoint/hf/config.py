@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.hf.rope import (
     KEY_OF_YARN_FIELD,
     rope_fields,
     rope_problems,
     rope_values,
 )
-from dsv2_train.checkpoint.layout import CheckpointError
 from dsv2_train.config.load import check_model
 from dsv2_train.config.problems import Problem
 from dsv2_train.config.sections.model import ModelConfig

@@ -19,21 +19,21 @@ from pathlib import Path
 
 import torch
 
-from dsv2_train.checkpoint import folder as folders
-from dsv2_train.checkpoint import layout
-from dsv2_train.checkpoint.checksum import add_checksums
 from dsv2_train.checkpoint.dcp.coverage import Range
 from dsv2_train.checkpoint.dcp.metadata import metadata_bytes
 from dsv2_train.checkpoint.dcp.write import WrittenPiece, write_pieces
+from dsv2_train.checkpoint.disk import folder as folders
+from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.checksum import add_checksums
+from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.manifest import Chunk, Manifest, TensorEntry
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.hf.config import CONFIG, model_of
 from dsv2_train.checkpoint.hf.folder import check_tensors, read_json, stored_tensors
 from dsv2_train.checkpoint.hf.safetensors import StoredTensor
 from dsv2_train.checkpoint.hf.source import COMPANIONS
 from dsv2_train.checkpoint.hf.target import removed_on_failure, require_space
 from dsv2_train.checkpoint.hf.tensors import Cut, cuts
-from dsv2_train.checkpoint.layout import CheckpointError
-from dsv2_train.checkpoint.manifest import Chunk, Manifest, TensorEntry
-from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.config.load import model_to_yaml
 from dsv2_train.distributed.sharding import Piece
 

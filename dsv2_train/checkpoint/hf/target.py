@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsv2_train.checkpoint.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 
 
 @contextmanager

@@ -5,10 +5,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.checkpoint.hf.config import Facts
 from dsv2_train.checkpoint.hf.export import as_json, export
 from dsv2_train.checkpoint.hf.source import Source, open_source
-from dsv2_train.checkpoint.layout import checkpoint_at
 from dsv2_train.data.manifest import DataError
 from dsv2_train.data.tokenizer import hugging_face_files
 

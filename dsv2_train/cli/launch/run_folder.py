@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv2_train.checkpoint import layout
-from dsv2_train.checkpoint.layout import CheckpointError
-from dsv2_train.checkpoint.state import TrainState
+from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.cli.launch.changes import Change, changes, refused
 from dsv2_train.cli.launch.devices import too_few_devices
 from dsv2_train.config.load import read_values, to_yaml

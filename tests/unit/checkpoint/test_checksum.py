@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from dsv2_train.checkpoint.checksum import add_checksums, splitmix64, tensor_checksum
+from dsv2_train.checkpoint.disk.checksum import add_checksums, splitmix64, tensor_checksum
 
 COLUMNS = 16384
 DTYPES = [

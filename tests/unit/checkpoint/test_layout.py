@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dsv2_train.checkpoint import layout
+from dsv2_train.checkpoint.disk import layout
 
 
 def make(folder: Path, name: str, complete: bool) -> Path:

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from dsv2_train.checkpoint import folder, layout
-from dsv2_train.checkpoint.layout import CheckpointError
+from dsv2_train.checkpoint.disk import folder, layout
+from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
-from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.distributed.sharding import Piece
 
 STATE = TrainState(100, 200, 12800, 100, "a1b2")

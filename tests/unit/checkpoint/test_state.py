@@ -6,8 +6,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from dsv2_train.checkpoint.layout import CheckpointError
-from dsv2_train.checkpoint.state import TrainState
+from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.state import TrainState
 
 STATE = TrainState(7, 14, 1792, 7, "a1b2")
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from dsv2_train.checkpoint import layout
-from dsv2_train.checkpoint.state import TrainState
+from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.config.load import to_yaml
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.manifest import (

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import load
 
-from dsv2_train.checkpoint import layout
-from dsv2_train.checkpoint.folder import open_verified
+from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.folder import open_verified
+from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.hf.config import CONFIG
 from dsv2_train.checkpoint.hf.export import export
 from dsv2_train.checkpoint.hf.intake import blocks_of, import_folder
 from dsv2_train.checkpoint.hf.safetensors import INDEX, StoredTensor
 from dsv2_train.checkpoint.hf.source import open_source
 from dsv2_train.checkpoint.hf.tensors import cuts
-from dsv2_train.checkpoint.layout import CheckpointError
 from dsv2_train.checkpoint.manager import CheckpointManager
-from dsv2_train.checkpoint.state import TrainState
 from dsv2_train.config.load import check_model, read_values
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed.sharding import Piece

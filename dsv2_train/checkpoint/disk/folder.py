@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dsv2_train.checkpoint import layout
-from dsv2_train.checkpoint.layout import CheckpointError
-from dsv2_train.checkpoint.manifest import FileEntry, Manifest
-from dsv2_train.checkpoint.state import TrainState
+from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.manifest import FileEntry, Manifest
+from dsv2_train.checkpoint.disk.state import TrainState
 
 _READ_BYTES = 4 << 20
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from dsv2_train.checkpoint.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 
 _SCHEMA_VERSION = 1
 

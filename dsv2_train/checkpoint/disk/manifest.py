@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsv2_train.checkpoint.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 
 _FORMAT_VERSION = 1
 

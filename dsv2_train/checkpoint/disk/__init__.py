@@ -1,0 +1,1 @@
+"""A checkpoint as files: names, manifest, checksums, and how a folder appears complete."""
