@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import Message, Program, with_messages
-from dsv2_train.pipeline.plans import Kind, Op, Plan
+from dsv2_train.pipeline.plans import Kind, Op, Plan, input_from
 
 
 class PlanError(Exception):
@@ -127,17 +127,15 @@ def _validate_stage(plan: Plan, stage: int, ops: tuple[Op, ...]) -> None:
 
 def _needed_here(plan: Plan, stage: int, op: Op) -> list[set[Op]]:
     """Ops of the same stage that must come before an op; of each set one."""
-    place, microbatch = plan.placement, op.microbatch
+    microbatch = op.microbatch
     if op.kind is Kind.W:
         return [{Op(Kind.B, microbatch, op.chunk)}]
     forward = op.kind is Kind.F
     needed = [] if forward else [{Op(Kind.F, microbatch, op.chunk)}]
-    virtual_stage = place.virtual_stage(stage, op.chunk) + (-1 if forward else 1)
-    if 0 <= virtual_stage < place.num_virtual_stages:
-        source, chunk = place.stage_and_chunk(virtual_stage)
+    source = input_from(plan.placement, stage, op)
+    if source is not None and source[0] == stage:
         kinds = (Kind.F,) if forward else (Kind.B, Kind.BW)
-        if source == stage:
-            needed.append({Op(kind, microbatch, chunk) for kind in kinds})
+        needed.append({Op(kind, microbatch, source[1]) for kind in kinds})
     return needed
 
 

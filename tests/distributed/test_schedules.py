@@ -15,9 +15,9 @@ from dsv2_train.distributed.sharding import whole_of
 from dsv2_train.ops.main_grad import Deferred, DeferredGradients
 from dsv2_train.pipeline.plans import Kind
 from dsv2_train.pipeline.schedules.run_plan import run_plan
-from dsv2_train.pipeline.stage import step
+from dsv2_train.pipeline.stage import stage as stages
 from dsv2_train.pipeline.stage.agreement import DisagreementError
-from tests.helpers.pipeline import Pipeline, Ran, pipeline_config, run_steps, whole_gradients
+from tests.helpers.pipeline import Pipeline, Stepped, pipeline_config, run_steps, whole_gradients
 from tests.helpers.world import World
 
 COUNTS = (1, 3, 8)  # micro-batches
@@ -68,13 +68,14 @@ MORE = {
             2,
             "parallel.overlap_grad_reduce=false",
             "parallel.overlap_param_gather=false",
+            "parallel.bucket_size=null",
         ),
         "parallel.ep=1",
     ),
 }
 
 
-def _run(world: World, config: RunConfig) -> list[list[Ran]]:
+def _run(world: World, config: RunConfig) -> list[list[Stepped]]:
     """By number of micro-batches, then rank."""
     ranks = world.run(run_steps, config.parallel.world_size, config, COUNTS)
     return [list(step) for step in zip(*ranks, strict=True)]
@@ -117,7 +118,7 @@ def test_gradients_are_those_without_a_pipeline(
             _require_equal(whole_gradients(ranks), expected, 0.0)
             plan = run_plan(config, count)
             for stage, ran in enumerate(ranks):
-                assert tuple(ran.executed) == plan.ops[stage]
+                assert ran.executed == plan.ops[stage]
                 splits = any(op.kind is Kind.W for op in ran.executed)
                 assert (ran.num_deferred > 0) == splits
 
@@ -161,7 +162,7 @@ def test_without_a_pipeline_gradients_are_torch_s(
         _require_equal(found, expected, 1e-12)
 
 
-def _with_a_mistake(rank: int, config: RunConfig, mistake: str) -> Ran | str:
+def _with_a_mistake(rank: int, config: RunConfig, mistake: str) -> Stepped | str:
     calls, add = itertools.count(), Deferred.add
 
     def skip_one(deferred: Deferred) -> None:
@@ -169,7 +170,7 @@ def _with_a_mistake(rank: int, config: RunConfig, mistake: str) -> Ran | str:
             add(deferred)
 
     patches = {
-        "the losses' scale is not set": mock.patch.object(step, "MoEAuxLossAutoScaler"),
+        "the losses' scale is not set": mock.patch.object(stages, "MoEAuxLossAutoScaler"),
         "a W is left out": mock.patch.object(Deferred, "add", skip_one),
         "nothing is deferred": mock.patch.object(
             DeferredGradients, "put_off", lambda *unused: False
@@ -245,7 +246,7 @@ def _cut_short(rank: int, config: RunConfig) -> str:
         return output[1:], loss_of
 
     pipeline._forward = cut_short  # type: ignore[method-assign]
-    run = mock.patch.object(step.Step, "run", lambda *unused: None)
+    run = mock.patch.object(stages.StageStep, "run", lambda *unused: None)
     with run if rank else contextlib.nullcontext():
         try:
             pipeline.step(1)

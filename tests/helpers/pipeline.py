@@ -10,8 +10,8 @@ from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.sharding import whole_of
 from dsv2_train.model.build import build_model
 from dsv2_train.model.implementation import choose
-from dsv2_train.optim import shards
 from dsv2_train.optim.build import wrap
+from dsv2_train.optim.shards import owned_ranges
 from dsv2_train.pipeline.build import build_executor
 from dsv2_train.pipeline.executor import Executor
 from dsv2_train.pipeline.plans import Op
@@ -37,12 +37,12 @@ Gradients = dict[tuple[str, int], Tensor]  # by tensor and offset in it
 
 
 @dataclass(frozen=True)
-class Ran:
+class Stepped:
     """What a rank did: reduced gradients it owns, losses it saw, ops, deferred gradients."""
 
     gradients: Gradients
     losses: list[float]
-    executed: list[Op]
+    executed: tuple[Op, ...]
     num_deferred: int
 
 
@@ -68,7 +68,7 @@ class Pipeline:
         ]
         self.executor: Executor = build_executor(config, self.chunks, CPU, timeout_s=60)
 
-    def step(self, num_microbatches: int) -> Ran:
+    def step(self, num_microbatches: int) -> Stepped:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         reported = self.executor(
@@ -80,8 +80,9 @@ class Pipeline:
             forward_only=False,
         )
         losses = [losses["loss"].item() for losses in reported]
-        executor = self.executor
-        return Ran(self._gradients(), losses, executor.executed, executor.num_deferred)
+        ran = self.executor.last
+        assert ran is not None
+        return Stepped(self._gradients(), losses, ran.executed, ran.num_deferred)
 
     def _forward(self, data: object, chunk: torch.nn.Module) -> object:
         microbatch = next(data)  # type: ignore[call-overload]
@@ -105,7 +106,7 @@ class Pipeline:
     def _gradients(self) -> Gradients:
         found: Gradients = {}
         for chunk in self.chunks:
-            for buffer, bucket, ours in shards._owned_ranges(chunk):
+            for buffer, bucket, ours in owned_ranges(chunk):
                 for param in bucket.params_list:
                     start, end, _ = buffer.param_index_map[param]
                     first, last = max(start, ours.start), min(end, ours.stop)
@@ -116,7 +117,7 @@ class Pipeline:
         return found
 
 
-def run_steps(rank: int, config: RunConfig, counts: tuple[int, ...]) -> list[Ran]:
+def run_steps(rank: int, config: RunConfig, counts: tuple[int, ...]) -> list[Stepped]:
     """Steps of so many micro-batches, one after the other with the same weights."""
     pipeline = Pipeline(config)
     results = [pipeline.step(count) for count in counts]
@@ -124,7 +125,7 @@ def run_steps(rank: int, config: RunConfig, counts: tuple[int, ...]) -> list[Ran
     return results
 
 
-def whole_gradients(ranks: list[Ran]) -> dict[str, Tensor]:
+def whole_gradients(ranks: list[Stepped]) -> dict[str, Tensor]:
     """Every tensor's gradient, flat."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for ran in ranks:

@@ -1,6 +1,7 @@
 """When a chunk's gradients are reduced and its weights are gathered: as early as a plan allows."""
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
@@ -8,8 +9,27 @@ from torch import Tensor
 from dsv2_train.ops.main_grad import Deferred
 
 
+class GradientSync(Protocol):
+    """What a stage says of a chunk's gradients and weights in a step, in this order."""
+
+    def gather_weights(self) -> None:
+        """Weights are about to be read."""
+
+    def hold_back(self) -> None:
+        """Gradients come that are not the last."""
+
+    def let_go(self) -> None:
+        """The next backward pass completes the gradients."""
+
+    def complete(self, pending: Iterable[Deferred]) -> None:
+        """Add these; they are the last."""
+
+    def finish(self) -> None:
+        """Gradients are about to be read."""
+
+
 class ChunkSync:
-    """What the executor tells megatron-core's data-parallel wrapper of a chunk.
+    """A `GradientSync` for megatron-core's data-parallel wrapper of a chunk.
 
     The wrapper's hooks count a gradient as complete at the backward pass of the last micro-batch,
     when a W that comes later has not added to it. So they are held back until the op that completes

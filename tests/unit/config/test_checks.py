@@ -83,6 +83,16 @@ DISAGREEING = [
         ["parallel.schedule=zb_v", "parallel.chunks=2", "parallel.pp=1", "parallel.ep=4"],
         "parallel.chunks",
     ),
+    (
+        ["parallel.bucket_size=1000", "parallel.overlap_grad_reduce=false"],
+        "parallel.bucket_size",
+    ),
+    (["monitor.profile.torch_ranks=[1]"], "monitor.profile.torch_ranks"),
+    (["monitor.profile.timeline_steps=[3,9999]"], "monitor.profile.timeline_steps"),
+    (
+        ["monitor.profile.torch_first_step=9999", "monitor.profile.torch_last_step=9999"],
+        "monitor.profile.torch_first_step",
+    ),
     (["parallel.linear=te"], "parallel.linear"),
     (["parallel.max_activations=4"], "parallel.max_activations"),
     (
