@@ -7,14 +7,13 @@ from torch import Tensor
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
-from dsv2_train.distributed.sharding import whole_of
 from dsv2_train.model.build import build_model
 from dsv2_train.model.implementation import choose
 from dsv2_train.optim.build import wrap
-from dsv2_train.optim.shards import owned_ranges
 from dsv2_train.pipeline.build import build_executor
 from dsv2_train.pipeline.executor import Executor
 from dsv2_train.pipeline.plans import Op
+from tests.helpers.gradients import Gradients, owned_gradients
 from tests.helpers.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -32,8 +31,6 @@ _OVERRIDES = (
     "recipe.micro_batch_size=1",
     "parallel.bucket_size=2000",
 )
-
-Gradients = dict[tuple[str, int], Tensor]  # by tensor and offset in it
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Pipeline:
         losses = [losses["loss"].item() for losses in reported]
         ran = self.executor.last
         assert ran is not None
-        return Stepped(self._gradients(), losses, ran.executed, ran.num_deferred)
+        return Stepped(owned_gradients(self.chunks), losses, ran.executed, ran.num_deferred)
 
     def _forward(self, data: object, chunk: torch.nn.Module) -> object:
         microbatch = next(data)  # type: ignore[call-overload]
@@ -103,19 +100,6 @@ class Pipeline:
 
         return output, loss_of
 
-    def _gradients(self) -> Gradients:
-        found: Gradients = {}
-        for chunk in self.chunks:
-            for buffer, bucket, ours in owned_ranges(chunk):
-                for param in bucket.params_list:
-                    start, end, _ = buffer.param_index_map[param]
-                    first, last = max(start, ours.start), min(end, ours.stop)
-                    if first < last:
-                        whole = whole_of(param)
-                        key = whole.name, whole.offset + first - start
-                        found[key] = buffer.grad_data[first:last].clone()
-        return found
-
 
 def run_steps(rank: int, config: RunConfig, counts: tuple[int, ...]) -> list[Stepped]:
     """Steps of so many micro-batches, one after the other with the same weights."""
@@ -123,15 +107,3 @@ def run_steps(rank: int, config: RunConfig, counts: tuple[int, ...]) -> list[Ste
     results = [pipeline.step(count) for count in counts]
     process_groups.destroy()
     return results
-
-
-def whole_gradients(ranks: list[Stepped]) -> dict[str, Tensor]:
-    """Every tensor's gradient, flat."""
-    parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for ran in ranks:
-        for (name, offset), gradient in ran.gradients.items():
-            parts.setdefault(name, []).append((offset, gradient))
-    return {
-        name: torch.cat([gradient for _, gradient in sorted(found, key=lambda part: part[0])])
-        for name, found in parts.items()
-    }
