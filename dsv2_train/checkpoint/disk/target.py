@@ -1,78 +1,50 @@
-"""What is being written is there entirely in the end, or leaves nothing behind."""
+"""A folder that is there entirely in the end, or leaves nothing behind."""
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target to write into; at the end its files are synced and it is renamed.
+def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
+    """A folder beside the target to write into; at the end it is synced and renamed.
 
     Args:
         target: must not exist, or be an empty folder.
+        num_bytes: what will be written; too small a disk is refused before the first byte is.
 
     Raises:
-        CheckpointError: for a target that is there, and for whatever the system refuses.
+        CheckpointError: for a target that is there or is being written, for a disk without room,
+            and for whatever the system refuses meanwhile. Then, and when the block fails, the
+            folder is removed, with the parents that were made for it.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: is there already; give another --out, or remove it")
-    temporary = target.with_name(f".tmp_{target.name}")
-    with removed_on_failure(temporary):
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
+    try:
+        _require_free(target)
+        _require_space(target, num_bytes)
+        new_parents = [path for path in target.parents if not path.exists()]
+        written = _make(target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error}") from error
+    try:
+        yield written
+        for path in [*written.iterdir(), written]:
             sync(path)
-        temporary.rename(target)
+        written = written.rename(target)
         sync(target.parent)
-
-
-@contextmanager
-def removed_on_failure(made: Path) -> Iterator[None]:
-    """Remove a folder, and those that its making made on the way to it, when the block fails.
-
-    Args:
-        made: is made by the block; what an interrupted one left there is removed first.
-
-    Raises:
-        CheckpointError: instead of an OSError.
-    """
-    try:
-        shutil.rmtree(made, ignore_errors=True)
-        first_made = next(path for path in reversed([made, *made.parents]) if not path.exists())
-    except (OSError, StopIteration) as error:
-        raise CheckpointError(f"{made}: cannot be written: {error}") from error
-    try:
-        yield
     except BaseException as error:
-        shutil.rmtree(first_made, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # something else is in it by now
+                parent.rmdir()
         if isinstance(error, OSError):
-            raise CheckpointError(f"{error}; nothing is left behind") from error
+            message = f"{target}: not written: {error}; nothing is left behind"
+            raise CheckpointError(message) from error
         raise
-
-
-def require_space(path: Path, num_bytes: int) -> None:
-    """Refuse in the first second what would fill a disk in the last hour.
-
-    Args:
-        path: what is to be written; the nearest folder that exists is asked.
-        num_bytes: what it takes.
-
-    Raises:
-        CheckpointError: if there is less.
-    """
-    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
-    free = shutil.disk_usage(nearest).free
-    if num_bytes > free:
-        raise CheckpointError(
-            f"{path}: needs {num_bytes / 1e9:,.1f} GB, free are {free / 1e9:,.1f} GB; "
-            "make room, or give another --out"
-        )
 
 
 def sync(path: Path) -> None:
@@ -82,3 +54,31 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _require_free(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target}: is there already; give another --out, or remove it")
+
+
+def _require_space(target: Path, num_bytes: int) -> None:
+    nearest = next(path for path in (target, *target.parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    if num_bytes > free:
+        raise CheckpointError(
+            f"{target}: needs {num_bytes:,} bytes, free are {free:,}; make room, or give another "
+            "--out"
+        )
+
+
+def _make(target: Path) -> Path:
+    temporary = target.with_name(f".tmp_{target.name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.mkdir()
+    except FileExistsError as error:
+        raise CheckpointError(
+            f"{temporary}: is there already: {target.name} is being written by another process, or "
+            "one that did was killed; wait for it, or remove what it left"
+        ) from error
+    return temporary

@@ -27,7 +27,7 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.disk.target import removed_on_failure, require_space
+from dsv2_train.checkpoint.disk.target import new_folder
 from dsv2_train.checkpoint.hf.folder import check_tensors, read_json, stored_tensors
 from dsv2_train.checkpoint.hf.mapping.config import CONFIG, model_of
 from dsv2_train.checkpoint.hf.mapping.tensors import Cut, cuts
@@ -60,14 +60,14 @@ def import_folder(source: Path, out: Path) -> Path:
 
     Args:
         source: config.json and safetensors files.
-        out: where checkpoints are; made if it is not there.
+        out: folder to write; must not exist, or be empty.
 
     Returns:
         The checkpoint, complete and on the disk.
 
     Raises:
         CheckpointError: for a folder that is no DeepSeek-V2 that can be run here, for tensors that
-            are not those of its config, for damage, for a checkpoint that is there already, a disk
+            are not those of its config, for damage, for an `out` that is there already, a disk
             that is full. Nothing is left behind.
 
     Note:
@@ -75,21 +75,19 @@ def import_folder(source: Path, out: Path) -> Path:
         read once; nothing is unpickled.
     """
     try:
-        model, _ = model_of(read_json(source / CONFIG))
+        model, _ = model_of(read_json(source / CONFIG), source / CONFIG)
         found = stored_tensors(source)
         dtype = check_tensors(source, found, model)
         contents = {CONFIG: (source / CONFIG).read_bytes(), **_companions(source)}
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read: {error}") from error
-    final = layout.step_folder(out, _STEP)
-    if final.exists():
-        raise CheckpointError(f"{final}: is there already; give another --out, or remove it")
     contents[layout.CONFIG] = model_to_yaml(model).encode()
     contents[layout.STATE] = TrainState(_STEP, 0, 0, 0).to_json().encode()
     blocks = blocks_of(list(cuts(model)), found, dtype)
-    require_space(out, sum(block.place.numel for block in blocks) * _dtype(dtype).itemsize)
-    with removed_on_failure(layout.temporary_folder(out, _STEP)), removed_on_failure(final):
-        return _write(out, blocks, contents)
+    num_bytes = sum(block.place.numel for block in blocks) * _dtype(dtype).itemsize
+    with new_folder(out, num_bytes) as folder:
+        _write(folder, blocks, contents)
+    return layout.step_folder(out, _STEP)
 
 
 def blocks_of(
@@ -115,14 +113,14 @@ def blocks_of(
     return blocks
 
 
-def _write(out: Path, blocks: Sequence[Block], contents: dict[str, bytes]) -> Path:
+def _write(folder: Path, blocks: Sequence[Block], contents: dict[str, bytes]) -> None:
     name = layout.data_file(0)
-    temporary = folders.start(out, _STEP)
+    temporary = folders.start(folder, _STEP)
     entry, written = write_pieces(temporary / name, _pieces(blocks))
     places = [(name, block.place, place) for block, place in zip(blocks, written, strict=True)]
     contents[layout.METADATA] = metadata_bytes(places)
     manifest = Manifest(_STEP, tensor_entries(places), {name: entry})
-    return folders.publish(temporary, manifest, contents)
+    folders.publish(temporary, manifest, contents)
 
 
 def _pieces(blocks: Sequence[Block]) -> Iterator[Piece]:

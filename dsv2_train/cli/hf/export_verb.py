@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folder and tell what is in it.
 
     Raises:
-        CheckpointError: for a checkpoint that is damaged, a target that is there or cannot hold it.
-        ConfigError: for a checkpoint whose configuration cannot be used.
+        CheckpointError: for a checkpoint that is damaged or whose configuration cannot be used, a
+            target that is there or cannot hold it.
         DataError: for a --data that cannot be used.
     """
     source = open_source(checkpoint_at(arguments.checkpoint))
@@ -56,8 +56,8 @@ def _with_companions(
 ) -> tuple[Source, dict[str, bytes], str]:
     """The source with what the tokenizer tells, the files to go along, and what to say of them."""
     if data_folder is None and source.data_folder is None:
-        files = {name: (source.path / name).read_bytes() for name in source.companions}
-        return source, files, f"as imported: {', '.join(files) or 'no tokenizer'}"
+        told = ", ".join(source.companions) or "no tokenizer"
+        return source, source.companions, f"as imported: {told}"
     folder = data_folder or source.data_folder
     assert folder is not None
     try:
