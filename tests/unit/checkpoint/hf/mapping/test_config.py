@@ -118,10 +118,13 @@ def test_a_4k_model_has_no_yarn_block(preset: str) -> None:
     assert (written["initializer_range"], "aux_loss_alpha" in written) == (0.006, False)
 
 
-def test_after_the_long_stage_the_block_is_the_released_one() -> None:
-    written = values(*YARN)
+@pytest.mark.parametrize("preset", ["dsv2_lite", "dsv2_236b"])
+def test_after_the_long_stage_the_block_is_the_released_one(preset: str) -> None:
+    longer = resolve([f"experiment={preset}_pretrain", *YARN], need_data=False).model
+    written = config_of(longer, Facts(longest_sequence(longer, 32_768)), "bfloat16")
     assert written["rope_scaling"] == RELEASED_YARN | {"rope_type": "yarn"}
-    assert longest_sequence(model(*YARN), 24) == 163_840
+    assert written["rope_theta"] == 10_000
+    assert written["max_position_embeddings"] == 163_840
 
 
 def test_the_released_lite_is_our_preset_with_yarn() -> None:
