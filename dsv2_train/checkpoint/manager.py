@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.checkpoint.initialize import initialize
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.checkpoint.restore import restore
 from dsv2_train.checkpoint.save import save
@@ -76,3 +77,21 @@ class CheckpointManager:
             Collective over all ranks. Host memory: 4 MiB beside the pieces.
         """
         return restore(self._ranks, self.folder, pieces)
+
+    def initialize(self, given: Path, pieces: Sequence[Piece]) -> Path:
+        """Fill pieces with the weights of another checkpoint and verify what arrived.
+
+        Args:
+            given: a checkpoint, a folder of checkpoints, or a run folder.
+            pieces: over all ranks, every element of every weight; of any dtype.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            CheckpointError: on every rank, as `restore`; what is no weight is not looked at.
+
+        Note:
+            Collective over all ranks. Host memory: as much as the largest piece takes as written.
+        """
+        return initialize(self._ranks, given, pieces)

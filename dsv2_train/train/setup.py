@@ -35,7 +35,7 @@ READ_AT_START_BYTES = 64 << 30
 
 
 def build_run(config: RunConfig, env: Env) -> Run:
-    """Build, restore the newest checkpoint if there is one, and show the start-up table.
+    """Build, go on from the newest checkpoint or begin, and show the start-up table.
 
     Args:
         config: the run, checked.
@@ -67,6 +67,9 @@ def build_run(config: RunConfig, env: Env) -> Run:
     state = checkpoints.restore(list(optimizer.pieces()))
     if state is not None:
         optimizer.adam_step = state.adam_step
+        optimizer.after_load()
+    elif config.checkpoint.init_from is not None:
+        checkpoints.initialize(Path(config.checkpoint.init_from), list(optimizer.weights()))
         optimizer.after_load()
     schedule = Schedule(config.recipe, config.optim)
     clock = Clock(state.step, state.consumed_samples) if state else Clock()
