@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.checkpoint.dcp.coverage import Range, check_coverage, ranges_of
-from dsv2_train.checkpoint.dcp.metadata import metadata_bytes
+from dsv2_train.checkpoint.dcp.metadata import metadata_bytes, tensor_entries
 from dsv2_train.checkpoint.dcp.write import WrittenPiece, write_pieces
 from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.checksum import add_checksums
-from dsv2_train.checkpoint.disk.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from dsv2_train.checkpoint.disk.manifest import FileEntry, Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.distributed.sharding import Piece
@@ -55,14 +54,14 @@ def save(
     temporary = ranks.reduce(lambda: ranges_of(pieces), prepare)
 
     def publish(written: list[_Written]) -> None:
+        places = [(rank.file, *place) for rank in written for place in rank.places]
         contents = {
-            layout.METADATA: metadata_bytes(
-                (rank.file, *place) for rank in written for place in rank.places
-            ),
+            layout.METADATA: metadata_bytes(places),
             layout.CONFIG: config_yaml.encode(),
             layout.STATE: state.to_json().encode(),
         }
-        folders.publish(temporary, _manifest(state.step, written), contents)
+        files = {rank.file: rank.entry for rank in written}
+        folders.publish(temporary, Manifest(state.step, tensor_entries(places), files), contents)
 
     ranks.reduce(lambda: _write(temporary, ranks.rank, pieces), publish)
     return final
@@ -72,24 +71,3 @@ def _write(temporary: Path, rank: int, pieces: Sequence[Piece]) -> _Written:
     file = layout.data_file(rank)
     entry, places = write_pieces(temporary / file, pieces)
     return _Written(file, entry, list(zip(ranges_of(pieces), places, strict=True)))
-
-
-def _manifest(step: int, written: Sequence[_Written]) -> Manifest:
-    parts = [(part, rank.file, place) for rank in written for part, place in rank.places]
-    of_key: dict[str, list[tuple[Range, str, WrittenPiece]]] = {}
-    for item in sorted(parts, key=lambda item: (item[0].key, item[0].offset)):
-        of_key.setdefault(item[0].key, []).append(item)
-    tensors = {
-        key: TensorEntry(
-            shape=items[0][0].shape,
-            dtype=items[0][0].dtype,
-            checksum=add_checksums(place.checksum for _, _, place in items),
-            chunks=tuple(
-                Chunk(part.offset, part.numel, file, place.byte_offset)
-                for part, file, place in items
-                if part.numel
-            ),
-        )
-        for key, items in of_key.items()
-    }
-    return Manifest(step, tensors, {rank.file: rank.entry for rank in written})

@@ -20,13 +20,12 @@ from pathlib import Path
 import torch
 
 from dsv2_train.checkpoint.dcp.coverage import Range
-from dsv2_train.checkpoint.dcp.metadata import metadata_bytes
-from dsv2_train.checkpoint.dcp.write import WrittenPiece, write_pieces
+from dsv2_train.checkpoint.dcp.metadata import metadata_bytes, tensor_entries
+from dsv2_train.checkpoint.dcp.write import write_pieces
 from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.checksum import add_checksums
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.disk.manifest import Chunk, Manifest, TensorEntry
+from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.hf.config import CONFIG, model_of
 from dsv2_train.checkpoint.hf.folder import check_tensors, read_json, stored_tensors
@@ -120,9 +119,9 @@ def _write(out: Path, blocks: Sequence[Block], contents: dict[str, bytes]) -> Pa
     name = layout.data_file(0)
     temporary = folders.start(out, _STEP)
     entry, written = write_pieces(temporary / name, _pieces(blocks))
-    places = [(block.place, place) for block, place in zip(blocks, written, strict=True)]
-    contents[layout.METADATA] = metadata_bytes((name, *place) for place in places)
-    manifest = Manifest(_STEP, _tensor_entries(name, places), {name: entry})
+    places = [(name, block.place, place) for block, place in zip(blocks, written, strict=True)]
+    contents[layout.METADATA] = metadata_bytes(places)
+    manifest = Manifest(_STEP, tensor_entries(places), {name: entry})
     return folders.publish(temporary, manifest, contents)
 
 
@@ -143,25 +142,6 @@ def _fill(data: torch.Tensor, block: Block) -> None:
             if not count:
                 raise CheckpointError(f"{block.file}: ends inside {block.place.key}")
             left = left[count:]
-
-
-def _tensor_entries(
-    file: str, places: Sequence[tuple[Range, WrittenPiece]]
-) -> dict[str, TensorEntry]:
-    of_key: dict[str, list[tuple[Range, WrittenPiece]]] = {}
-    for item in places:
-        of_key.setdefault(item[0].key, []).append(item)
-    return {
-        key: TensorEntry(
-            shape=items[0][0].shape,
-            dtype=items[0][0].dtype,
-            checksum=add_checksums(place.checksum for _, place in items),
-            chunks=tuple(
-                Chunk(part.offset, part.numel, file, place.byte_offset) for part, place in items
-            ),
-        )
-        for key, items in of_key.items()
-    }
 
 
 def _companions(source: Path) -> dict[str, bytes]:
