@@ -2,7 +2,9 @@
 
 megatron-core's data-parallel wrapper gives each parameter `main_grad`, a view of one contiguous
 gradient buffer, and `grad_added_to_main_grad`. An op that adds its weight gradient to `main_grad`
-itself and sets the flag saves a gradient tensor of the weight's size and a pass over it.
+itself and sets the flag saves a gradient tensor of the weight's size and a pass over it. It keeps
+the weight on `ctx`: in what torch's checkpoint recomputes, `ctx.saved_tensors` are copies without
+these attributes.
 
 A zero-bubble pipeline computes weight gradients apart from the backward pass (W after B):
 
