@@ -13,7 +13,8 @@ from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.model.modules import linears
 from tests.helpers import fake_te
-from tests.helpers.pipeline import Pipeline, Stepped, pipeline_config, whole_gradients
+from tests.helpers.gradients import whole_gradients
+from tests.helpers.pipeline import Pipeline, Stepped, pipeline_config
 from tests.helpers.world import World
 
 Ranks = list[list[Stepped]]
@@ -80,9 +81,9 @@ def _run(world: World, config: RunConfig, mistake: str = "") -> tuple[Ranks, lis
 def _differ(found: Ranks, expected: Ranks) -> float:
     """The largest difference of a gradient, over its largest entry."""
     pairs = [
-        (one, whole_gradients(theirs)[name])
+        (one, whole_gradients(ran.gradients for ran in theirs)[name])
         for ours, theirs in zip(found, expected, strict=True)
-        for name, one in whole_gradients(ours).items()
+        for name, one in whole_gradients(ran.gradients for ran in ours).items()
     ]
     return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
 
