@@ -1,5 +1,6 @@
 """A small run in processes of its own, killed at a moment of one's choice and started again."""
 
+import contextlib
 import os
 import random
 import signal
@@ -104,7 +105,8 @@ def _alive(processes: list[BaseProcess]) -> bool:
 
 def _sigkill(process: BaseProcess) -> None:
     if process.exitcode is None and process.pid is not None:
-        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and is not waited for yet
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def _join(processes: list[BaseProcess]) -> None:
