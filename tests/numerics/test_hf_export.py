@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dsv2_train.checkpoint.disk.layout import latest_complete
-from dsv2_train.checkpoint.hf.config import Facts, config_of
 from dsv2_train.checkpoint.hf.intake import import_folder
+from dsv2_train.checkpoint.hf.mapping.config import Facts, config_of
 from dsv2_train.cli.main import main
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.tokenizer import EOS_TOKEN, hugging_face_files, load_tokenizer

@@ -15,6 +15,7 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import FileEntry, Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.checkpoint.disk.target import sync
 
 _READ_BYTES = 4 << 20
 
@@ -52,14 +53,14 @@ def publish(temporary: Path, manifest: Manifest, contents: Mapping[str, bytes]) 
     entries = {name: _write(temporary / name, data) for name, data in contents.items()}
     text = replace(manifest, files={**manifest.files, **entries}).to_json().encode()
     _write(temporary / layout.MANIFEST, text)
-    _sync_folder(temporary)
+    sync(temporary)
     final = layout.step_folder(temporary.parent, manifest.step)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
     _write(final / layout.MARKER, _marker_of(text))
-    _sync_folder(final)
+    sync(final)
     return final
 
 
@@ -136,11 +137,3 @@ def _write(path: Path, data: bytes) -> FileEntry:
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(len(data), zlib.crc32(data))
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,9 +7,9 @@ from typing import Any
 
 from dsv2_train.checkpoint.dcp.coverage import listing
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.hf.config import CONFIG
+from dsv2_train.checkpoint.hf.mapping.config import CONFIG
+from dsv2_train.checkpoint.hf.mapping.tensors import cuts
 from dsv2_train.checkpoint.hf.safetensors import DTYPES, INDEX, StoredTensor, read_header
-from dsv2_train.checkpoint.hf.tensors import cuts
 from dsv2_train.config.sections.model import ModelConfig
 
 _SINGLE = "model.safetensors"

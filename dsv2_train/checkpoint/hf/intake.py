@@ -27,12 +27,12 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.hf.config import CONFIG, model_of
+from dsv2_train.checkpoint.disk.target import removed_on_failure, require_space
 from dsv2_train.checkpoint.hf.folder import check_tensors, read_json, stored_tensors
+from dsv2_train.checkpoint.hf.mapping.config import CONFIG, model_of
+from dsv2_train.checkpoint.hf.mapping.tensors import Cut, cuts
 from dsv2_train.checkpoint.hf.safetensors import StoredTensor
 from dsv2_train.checkpoint.hf.source import COMPANIONS
-from dsv2_train.checkpoint.hf.target import removed_on_failure, require_space
-from dsv2_train.checkpoint.hf.tensors import Cut, cuts
 from dsv2_train.config.load import model_to_yaml
 from dsv2_train.distributed.sharding import Piece
 

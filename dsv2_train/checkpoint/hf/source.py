@@ -9,9 +9,9 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.folder import open_verified
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import Manifest
-from dsv2_train.checkpoint.hf.config import CONFIG, Facts, longest_sequence, model_of
+from dsv2_train.checkpoint.hf.mapping.config import CONFIG, Facts, longest_sequence, model_of
+from dsv2_train.checkpoint.hf.mapping.tensors import WEIGHT, Cut, cuts
 from dsv2_train.checkpoint.hf.safetensors import DTYPES
-from dsv2_train.checkpoint.hf.tensors import WEIGHT, Cut, cuts
 from dsv2_train.config.load import check, check_model, read_values
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.config.sections.model import ModelConfig

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk.layout import checkpoint_at
-from dsv2_train.checkpoint.hf.config import Facts
 from dsv2_train.checkpoint.hf.export import as_json, export
+from dsv2_train.checkpoint.hf.mapping.config import Facts
 from dsv2_train.checkpoint.hf.source import Source, open_source
 from dsv2_train.data.manifest import DataError
 from dsv2_train.data.tokenizer import hugging_face_files

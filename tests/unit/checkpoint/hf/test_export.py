@@ -14,15 +14,14 @@ import torch
 from safetensors import safe_open
 
 from dsv2_train.checkpoint.disk import folder as folders
-from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk import layout, target
 from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
 from dsv2_train.checkpoint.hf import export as module
-from dsv2_train.checkpoint.hf import target
 from dsv2_train.checkpoint.hf.export import export
 from dsv2_train.checkpoint.hf.intake import import_folder
+from dsv2_train.checkpoint.hf.mapping.tensors import cuts
 from dsv2_train.checkpoint.hf.safetensors import INDEX
 from dsv2_train.checkpoint.hf.source import open_source
-from dsv2_train.checkpoint.hf.tensors import cuts
 from dsv2_train.distributed.sharding import Piece
 from tests.helpers.released import released_tensors
 from tests.helpers.run import run_config

@@ -15,12 +15,12 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.folder import open_verified
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.hf.config import CONFIG
 from dsv2_train.checkpoint.hf.export import export
 from dsv2_train.checkpoint.hf.intake import blocks_of, import_folder
+from dsv2_train.checkpoint.hf.mapping.config import CONFIG
+from dsv2_train.checkpoint.hf.mapping.tensors import cuts
 from dsv2_train.checkpoint.hf.safetensors import INDEX, StoredTensor
 from dsv2_train.checkpoint.hf.source import open_source
-from dsv2_train.checkpoint.hf.tensors import cuts
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.load import check_model, read_values
 from dsv2_train.config.run import RunConfig

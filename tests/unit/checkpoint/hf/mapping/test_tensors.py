@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dsv2_train.checkpoint.hf.export import plan_shards
+from dsv2_train.checkpoint.hf.mapping.tensors import Cut, cuts, global_tensors
 from dsv2_train.checkpoint.hf.safetensors import file_header
-from dsv2_train.checkpoint.hf.tensors import Cut, cuts, global_tensors
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import cpu_ranks
