@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from dsv2_train.checkpoint import save
+from dsv2_train.checkpoint import background, save
 from dsv2_train.checkpoint.dcp import write
 from tests.helpers.saved import files_up_to
 
@@ -89,3 +90,18 @@ def small_disk(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+@contextmanager
+def held_writing() -> Iterator[threading.Event]:
+    """No file is written before the event is set."""
+    gate = threading.Event()
+    write = background.write
+
+    def held(*args: object) -> object:
+        assert gate.wait(60)
+        return write(*args)  # type: ignore[arg-type]
+
+    with patch.object(background, "write", held):
+        yield gate
+        gate.set()

@@ -1,17 +1,13 @@
 """A checkpoint written behind training is the blocking one, of the moment it was begun."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsv2_train.checkpoint import background
 from dsv2_train.checkpoint.background import Finished
 from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.layout import CheckpointError
@@ -19,7 +15,7 @@ from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.distributed.sharding import Piece
-from tests.helpers.faults import no_space
+from tests.helpers.faults import held_writing, no_space
 
 STATE = TrainState(1, 2, 128, 1)
 CONFIG = "run:\n  name: test\n"
@@ -41,21 +37,6 @@ def pieces_of(values: dict[str, Tensor]) -> list[Piece]:
 
 def manager_of(folder: Path) -> CheckpointManager:
     return CheckpointManager(folder, every_steps=1, staging=Staging(pieces_of(tensors())))
-
-
-@contextmanager
-def held_writing() -> Iterator[threading.Event]:
-    """No file is written before the event is set."""
-    gate = threading.Event()
-    write = background.write
-
-    def held(*args: object) -> object:
-        assert gate.wait(60)
-        return write(*args)  # type: ignore[arg-type]
-
-    with patch.object(background, "write", held):
-        yield gate
-        gate.set()
 
 
 def test_the_files_are_those_of_a_blocking_save(tmp_path: Path) -> None:
