@@ -22,6 +22,7 @@ from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.executor import Executor
 from dsv2_train.pipeline.messages import Action, Message, with_messages
 from dsv2_train.pipeline.plans import Plan
+from dsv2_train.pipeline.stage.activation import Hidden
 
 
 class NoSync:
@@ -30,13 +31,13 @@ class NoSync:
     def gather_weights(self) -> None:
         """Nothing."""
 
-    def hold_back(self) -> None:
+    def begin(self) -> None:
         """Nothing."""
 
-    def let_go(self) -> None:
+    def before_last_backward(self) -> None:
         """Nothing."""
 
-    def complete(self, pending: Iterable[Deferred]) -> None:
+    def add_last(self, pending: Iterable[Deferred]) -> None:
         """Add the last gradients."""
         for gradient in pending:
             gradient.add()
@@ -49,7 +50,7 @@ def executor(lanes: Lanes, plan: Plan, costs: Costs) -> Contender:
     """The executor of a run."""
     stage = SleepingStage(plan.placement, lanes.stage, costs)
     syncs = [NoSync()] * len(stage.chunks)
-    hidden = torch.empty(HIDDEN_SIZE)
+    hidden = Hidden(HIDDEN_SIZE, torch.float32, torch.device("cpu"))
     runtime = Executor(stage.chunks, syncs, plan.placement, lanes, hidden, lambda *_: plan)
     step = partial(
         runtime,

@@ -36,13 +36,13 @@ def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> TrainState |
     if found is None:
         return None
     path, manifest, state = found
-    ranks.reduce(lambda: ranges_of(pieces), lambda ranges: _compare(manifest, ranges))
+    ranks.reduce(lambda: ranges_of(pieces), lambda ranges: compare(manifest, ranges))
 
     def load() -> list[tuple[Range, int]]:
         checksums = read_pieces(path, manifest, pieces)
         return list(zip(ranges_of(pieces), checksums, strict=True))
 
-    ranks.reduce(load, lambda loaded: _verify(path, manifest, loaded))
+    ranks.reduce(load, lambda loaded: verify(path, manifest, loaded))
     return state
 
 
@@ -51,7 +51,12 @@ def _open_newest(folder: Path) -> tuple[Path, Manifest, TrainState] | None:
     return None if path is None else (path, *folders.open_verified(path))
 
 
-def _compare(manifest: Manifest, ranges: Sequence[Sequence[Range]]) -> None:
+def compare(manifest: Manifest, ranges: Sequence[Sequence[Range]]) -> None:
+    """See that the ranges of all ranks are the tensors of a checkpoint.
+
+    Raises:
+        CheckpointError: with everything that differs.
+    """
     wanted = by_key({part for of_rank in ranges for part in of_rank})
     problems = [f"{key}: in the checkpoint only" for key in manifest.tensors.keys() - wanted.keys()]
     for key, parts in wanted.items():
@@ -70,7 +75,17 @@ def _compare(manifest: Manifest, ranges: Sequence[Sequence[Range]]) -> None:
         )
 
 
-def _verify(path: Path, manifest: Manifest, loaded: Sequence[Sequence[tuple[Range, int]]]) -> None:
+def verify(path: Path, manifest: Manifest, loaded: Sequence[Sequence[tuple[Range, int]]]) -> None:
+    """See that what all ranks have loaded is what was written.
+
+    Args:
+        path: the checkpoint.
+        manifest: its manifest.
+        loaded: of each rank its ranges with their checksums.
+
+    Raises:
+        CheckpointError: with the tensors and files that are damaged.
+    """
     held: dict[str, set[tuple[Range, int]]] = {}
     for of_rank in loaded:
         for part, checksum in of_rank:

@@ -16,7 +16,7 @@ from dsv2_train.model.gpt import DeepSeekV2Model, OutputHead
 from dsv2_train.model.implementation import Choice
 from dsv2_train.model.initialize import initialize
 from dsv2_train.model.layer_spec import block_spec
-from dsv2_train.model.modules.linears import replace_linears
+from dsv2_train.model.modules.linears import replace_linears, take_weight_gradients
 from dsv2_train.model.transformer_config import ChunkLayout, build_transformer_config
 from dsv2_train.recipe.parameters import chunk_layer_ranges
 from dsv2_train.recipe.yarn import frequency_ratios, rotary_scale, softmax_scale
@@ -59,6 +59,8 @@ def build_model(
             pg_collection=groups,
         )
     replace_linears(model)
+    if choices["linear"].implementation == "transformer_engine":
+        take_weight_gradients(model)
     if model.post_process:
         model.output_layer = OutputHead(model.output_layer.weight)
     tag_parameters(model, layers.start, groups.ep.rank(), groups.ep.size())

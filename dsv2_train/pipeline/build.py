@@ -11,6 +11,7 @@ from dsv2_train.pipeline.executor import Executor
 from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules.build import build_forward_plan
 from dsv2_train.pipeline.schedules.run_plan import run_plan
+from dsv2_train.pipeline.stage.activation import Hidden
 from dsv2_train.pipeline.stage.gradients import ChunkSync
 from dsv2_train.recipe.rank_map import pipelines
 
@@ -51,6 +52,6 @@ def build_executor(
         [ChunkSync(chunk) for chunk in chunks],
         placement,
         lanes,
-        torch.empty(model.hidden_size, dtype=model.pipeline_dtype, device=device),
+        Hidden(model.hidden_size, model.pipeline_dtype, device),
         plan_of,
     )

@@ -5,18 +5,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import nn
 
 from dsv2_train.config.placement import Placement
 from dsv2_train.distributed.lanes import Lanes
 from dsv2_train.ops.main_grad import DeferredGradients
-from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import Action, with_messages
 from dsv2_train.pipeline.plans import Op, Plan
-from dsv2_train.pipeline.simulate import simulate
-from dsv2_train.pipeline.stage.activation import Activation
-from dsv2_train.pipeline.stage.agreement import StepShape, order_of, require_agreement
+from dsv2_train.pipeline.simulate import prove
+from dsv2_train.pipeline.stage.activation import Hidden
+from dsv2_train.pipeline.stage.agreement import plan_hash, require_agreement
 from dsv2_train.pipeline.stage.gradients import GradientSync
 from dsv2_train.pipeline.stage.recorder import Recorder
 from dsv2_train.pipeline.stage.stage import ForwardStep, Reported, Stage, StageStep, Work
@@ -46,7 +44,7 @@ class Executor:
         syncs: of the chunks' gradients and weights, by chunk.
         placement: of the chunks of all stages.
         lanes: to the other stages; None for a single stage.
-        hidden: [h], on the device and of the dtype of what crosses between stages; not read.
+        hidden: what crosses between stages.
         plan_of: the plan for a number of microbatches, and whether it is forward only; the same on
             every stage. Asked once for each.
 
@@ -60,7 +58,7 @@ class Executor:
         syncs: Sequence[GradientSync],
         placement: Placement,
         lanes: Lanes | None,
-        hidden: torch.Tensor,
+        hidden: Hidden,
         plan_of: Callable[[int, bool], Plan],
     ) -> None:
         parameters = [each for chunk in chunks for each in chunk.parameters()]
@@ -109,15 +107,20 @@ class Executor:
             Collective over the pipeline, and over data-parallel ranks for gradients and weights.
             Nothing is read back from a GPU.
         """
-        plan, actions, order = self._prepared(num_microbatches, forward_only)
-        [width], dtype = self._hidden.shape, self._hidden.dtype
-        shape = seq_length, micro_batch_size, width
+        plan, actions, hashed = self._prepared(num_microbatches, forward_only)
+        activation = self._hidden.activation(seq_length, micro_batch_size)
         if self._stage.lanes is not None:
-            ours = StepShape(num_microbatches, *shape, dtype.itemsize, order)
+            ours = {
+                "num_microbatches": num_microbatches,
+                "seq_length": seq_length,
+                "micro_batch_size": micro_batch_size,
+                "hidden_size": self._hidden.size,
+                "element_bytes": self._hidden.dtype.itemsize,
+                "plan": hashed,
+            }
             require_agreement(ours, self._stage.lanes.hosts)
         if self._recorder is not None:
             self._recorder.begin()
-        activation = Activation(shape, dtype, self._hidden.device)
         work = Work(forward_step_func, data_iterator, num_microbatches, activation, forward_only)
         step = StageStep(self._stage, work, self._recorder)
         step.run(actions)
@@ -139,7 +142,7 @@ class Executor:
         return [events] if lanes is None else lanes.gathered(events)
 
     def _prepare(self, plan: Plan) -> tuple[Plan, tuple[Action, ...], int]:
-        """A plan, proved; this stage's actions; the number of its order."""
+        """A plan, proved; this stage's actions; a number that stands for the plan."""
         program = with_messages(plan)
-        simulate(plan, Costs.equal(plan.placement, 1.0, 1.0, 1.0), program)
-        return plan, program[self._stage.index], order_of(plan)
+        prove(plan, program)
+        return plan, program[self._stage.index], plan_hash(plan)

@@ -47,6 +47,15 @@ class Simulation:
     peak_activations: tuple[int, ...]
 
 
+def prove(plan: Plan, program: Program) -> None:
+    """See that a plan runs to its end, whatever its ops cost.
+
+    Raises:
+        PlanError: as `simulate`.
+    """
+    simulate(plan, Costs.equal(plan.placement, 1.0, 1.0, 1.0), program)
+
+
 def simulate(plan: Plan, costs: Costs, program: Program | None = None) -> Simulation:
     """Prove a plan and time it.
 
@@ -118,10 +127,10 @@ def _validate_stage(plan: Plan, stage: int, ops: tuple[Op, ...]) -> None:
                 needed = " or ".join(sorted(map(str, earlier)))
                 raise PlanError(f"stage {stage} runs {op} before {needed}")
         done.add(op)
-        kind = Kind.B if op.kind is Kind.BW else op.kind
-        if op.microbatch < next_microbatch[kind, op.chunk]:
-            raise PlanError(f"stage {stage} runs {op} after a later microbatch")
-        next_microbatch[kind, op.chunk] = op.microbatch + 1
+        for kind in (Kind.B, Kind.W) if op.kind is Kind.BW else (op.kind,):
+            if op.microbatch < next_microbatch[kind, op.chunk]:
+                raise PlanError(f"stage {stage} runs {op} after a later microbatch")
+            next_microbatch[kind, op.chunk] = op.microbatch + 1
     _validate_counts(plan, stage, done)
 
 

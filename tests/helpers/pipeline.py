@@ -35,12 +35,16 @@ _OVERRIDES = (
 
 @dataclass(frozen=True)
 class Stepped:
-    """What a rank did: reduced gradients it owns, losses it saw, ops, deferred gradients."""
+    """What a rank did: reduced gradients it owns, losses it saw, ops, deferred gradients.
+
+    `num_matrices` are its weights whose gradients can be put off: all but those of norms.
+    """
 
     gradients: Gradients
     losses: list[float]
     executed: tuple[Op, ...]
     num_deferred: int
+    num_matrices: int
 
 
 def pipeline_config(world_size: int, *overrides: str) -> RunConfig:
@@ -77,9 +81,12 @@ class Pipeline:
             forward_only=False,
         )
         losses = [losses["loss"].item() for losses in reported]
+        num_matrices = sum(one.dim() > 1 for each in self.chunks for one in each.parameters())
         ran = self.executor.last
         assert ran is not None
-        return Stepped(owned_gradients(self.chunks), losses, ran.executed, ran.num_deferred)
+        return Stepped(
+            owned_gradients(self.chunks), losses, ran.executed, ran.num_deferred, num_matrices
+        )
 
     def _forward(self, data: object, chunk: torch.nn.Module) -> object:
         microbatch = next(data)  # type: ignore[call-overload]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
 from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.cli.launch.begin_from import can_begin_from
 from dsv2_train.cli.launch.changes import Change, changes, refused
 from dsv2_train.cli.launch.devices import too_few_devices
 from dsv2_train.config.load import read_values, to_yaml
@@ -73,6 +74,9 @@ class Launch:
                 f"  train longer: recipe.num_steps={2 * total}; train anew: run.name=another"
             )
         begins = "begins" if self.checkpoint is None else f"goes on after step {done}"
+        weights = self.config.checkpoint.init_from
+        if self.checkpoint is None and weights is not None:
+            begins += f" with the weights of {checkpoint_at(Path(weights))}"
         ranks = (
             f"{parallel.world_size} ranks (PP {parallel.pp}, DP {parallel.dp}, EP {parallel.ep})"
         )
@@ -122,11 +126,13 @@ def inspect(
         raise ConfigError([*found, *unwritable])
     checkpoint = layout.latest_complete(config.run.checkpoint_folder)
     clock, changed = Clock(), list[Change]()
-    if checkpoint is not None:
+    if checkpoint is None:
+        found += passing_over_absent(can_begin_from, config)
+    else:
         try:
             before = read_values(checkpoint / layout.CONFIG)
             changed = changes(before, config.model_dump(mode="json"))
-            found += refused(changed, config.run.folder)
+            found += refused(changed, config)
             clock = _clock(checkpoint)
         except ConfigError as error:
             found += error.problems

@@ -1,11 +1,25 @@
 """When state is saved."""
 
+from typing import Literal
+
 from pydantic import PositiveInt
 
 from dsv2_train.config.sections.base import Section
 
 
 class CheckpointConfig(Section):
-    """Checkpoints are written every so many steps and once at the end."""
+    """Checkpoints are written every so many steps and once at the end.
+
+    `asynchronous`: training goes on when the state is copied to host memory, which takes as much
+    of it on every rank as the rank's checkpoint is large.
+    `on_failure`: what a checkpoint that cannot be written does to a run; it can `stop` at the next
+    step, or tell and `go_on`, with another attempt at the next checkpoint. That of the end must be
+    written.
+    `init_from`: a checkpoint, or a run that has one, whose weights a run begins with; clock and
+    optimizer are new. A run that has a checkpoint of its own goes on from that.
+    """
 
     every_steps: PositiveInt
+    asynchronous: bool = True
+    on_failure: Literal["stop", "go_on"] = "stop"
+    init_from: str | None = None

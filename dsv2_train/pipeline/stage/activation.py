@@ -7,6 +7,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """The hidden state of one position, without its values.
+
+    Attributes:
+        size: its width.
+        dtype: of its elements.
+        device: where it lives.
+    """
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def activation(self, seq_length: int, micro_batch_size: int) -> "Activation":
+        """Of all positions of a microbatch."""
+        return Activation((seq_length, micro_batch_size, self.size), self.dtype, self.device)
+
+
+@dataclass(frozen=True)
 class Activation:
     """An activation, or its gradient, without its values.
 

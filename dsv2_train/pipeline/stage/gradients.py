@@ -10,22 +10,22 @@ from dsv2_train.ops.main_grad import Deferred
 
 
 class GradientSync(Protocol):
-    """What a stage says of a chunk's gradients and weights in a step, in this order."""
+    """Hears from a stage where a step is with a chunk's gradients and weights."""
 
     def gather_weights(self) -> None:
-        """Weights are about to be read."""
+        """Start to gather weights: they are about to be read."""
 
-    def hold_back(self) -> None:
-        """Gradients come that are not the last."""
+    def begin(self) -> None:
+        """Take the gradients that come from now on for incomplete ones."""
 
-    def let_go(self) -> None:
-        """The next backward pass completes the gradients."""
+    def before_last_backward(self) -> None:
+        """Take those of the next backward pass for the last: the chunk's last op is a BW."""
 
-    def complete(self, pending: Iterable[Deferred]) -> None:
-        """Add these; they are the last."""
+    def add_last(self, pending: Iterable[Deferred]) -> None:
+        """Add these, which are the last: the chunk's last op is a W."""
 
     def finish(self) -> None:
-        """Gradients are about to be read."""
+        """Wait until gradients can be read."""
 
 
 class ChunkSync:
@@ -59,15 +59,15 @@ class ChunkSync:
                 if not group.param_gather_dispatched:
                     group.start_param_sync()
 
-    def hold_back(self) -> None:
+    def begin(self) -> None:
         """Before the first gradient of a step."""
         self._set_last(False)
 
-    def let_go(self) -> None:
+    def before_last_backward(self) -> None:
         """Before the BW that completes the gradients."""
         self._set_last(True)
 
-    def complete(self, pending: Iterable[Deferred]) -> None:
+    def add_last(self, pending: Iterable[Deferred]) -> None:
         """Add the last gradients; a bucket's reduction starts with the last weight in it."""
         gradients = list(pending)
         self._set_last(True)

@@ -24,7 +24,7 @@ from dsv2_train.pipeline.stage.recorder import Recorder
 Reported = list[dict[str, Tensor]]
 Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Any, nn.Module], tuple[Tensor, Loss]]
-Place = tuple[int, int]  # microbatch, chunk
+MicrobatchChunk = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -86,25 +86,16 @@ class StageStep:
         self.executed: list[Op] = []
         self.num_deferred = 0
         self._stage, self._work, self._recorder = stage, work, recorder
-        self._activations: dict[Place, Tensor | None] = {}
-        self._roots: dict[Place, Tensor | GradientEdge] = {}
-        self._pending: dict[Place, list[Deferred]] = {}
+        self._in_flight: dict[MicrobatchChunk, tuple[Tensor | None, Tensor | GradientEdge]] = {}
+        self._pending: dict[MicrobatchChunk, list[Deferred]] = {}
         self._mailbox = Mailbox(stage.index, stage.placement, stage.lanes, work.activation)
-        self._compute = {
-            Kind.F: self._forward,
-            Kind.B: self._input_gradient,
-            Kind.BW: self._both_gradients,
-            Kind.W: self._weight_gradients,
-        }
 
     def run(self, actions: Sequence[Action]) -> None:
         """Run all actions, and wait for what they sent and for reduced gradients."""
         for sync in self._stage.syncs:
             sync.gather_weights()
-            sync.hold_back()
-        # The balance losses' gradient: a setting of the process, the same for every microbatch.
-        share = torch.full((1,), 1 / self._work.num_microbatches, dtype=torch.float64)
-        MoEAuxLossAutoScaler.main_loss_backward_scale = share.to(self._work.activation.device)
+        if not self._work.forward_only:
+            self._expect_gradients()
         for action in actions:
             self._run(action)
         self._mailbox.finish()
@@ -113,20 +104,39 @@ class StageStep:
                 sync.finish()
         self._mark("reduction", "reduction")
 
+    def _expect_gradients(self) -> None:
+        for sync in self._stage.syncs:
+            sync.begin()
+        # The balance losses' gradient: a setting of the process, the same for every microbatch.
+        share = torch.full((1,), 1 / self._work.num_microbatches, dtype=torch.float64)
+        MoEAuxLossAutoScaler.main_loss_backward_scale = share.to(self._work.activation.device)
+
     def _run(self, action: Action) -> None:
         op = action.op
         for message in action.posts:
             self._mailbox.post(message)
         arrived = self._mailbox.take(action)
         self._mark("wait", "wait")
-        result = self._compute[op.kind](op, arrived)
+        result = self._compute(op, arrived)
         self._mark(op.kind.value, op.label)
         self.executed.append(op)
         if result is not None:
             self._mailbox.hand_on(action, result)
 
+    def _compute(self, op: Op, arrived: Tensor | None) -> Tensor | None:
+        match op.kind:
+            case Kind.F:
+                return self._forward(op, arrived)
+            case Kind.B:
+                return self._input_gradient(op, arrived)
+            case Kind.BW:
+                return self._both_gradients(op, arrived)
+            case Kind.W:
+                self._weight_gradients(op)
+                return None
+
     def _forward(self, op: Op, activation: Tensor | None) -> Tensor | None:
-        chunk, place = self._stage.chunks[op.chunk], (op.microbatch, op.chunk)
+        chunk = self._stage.chunks[op.chunk]
         training = not self._work.forward_only
         if activation is not None and training:
             activation.requires_grad_()
@@ -142,7 +152,7 @@ class StageStep:
             self._require_shape(output, op)
             root = get_gradient_edge(output) if training else output
         if training:
-            self._activations[place], self._roots[place] = activation, root
+            self._in_flight[op.microbatch, op.chunk] = activation, root
         return None if is_last else output.detach()
 
     def _input_gradient(self, op: Op, gradient: Tensor | None) -> Tensor | None:
@@ -155,21 +165,19 @@ class StageStep:
 
     def _both_gradients(self, op: Op, gradient: Tensor | None) -> Tensor | None:
         if self._completes(op):
-            self._stage.syncs[op.chunk].let_go()
+            self._stage.syncs[op.chunk].before_last_backward()
         return self._backward(op, gradient)
 
     def _backward(self, op: Op, gradient: Tensor | None) -> Tensor | None:
-        place = op.microbatch, op.chunk
-        torch.autograd.backward(self._roots.pop(place), gradient)
-        activation = self._activations.pop(place)
+        activation, root = self._in_flight.pop((op.microbatch, op.chunk))
+        torch.autograd.backward(root, gradient)
         return None if activation is None else activation.grad
 
-    def _weight_gradients(self, op: Op, unused: Tensor | None) -> None:
-        del unused
+    def _weight_gradients(self, op: Op) -> None:
         pending = self._pending.pop((op.microbatch, op.chunk))
         self.num_deferred += len(pending)
         if self._completes(op):
-            self._stage.syncs[op.chunk].complete(pending)
+            self._stage.syncs[op.chunk].add_last(pending)
             return
         for gradient in pending:
             gradient.add()

@@ -108,7 +108,7 @@ def test_a_checkpoint_that_does_not_tell_its_clock_is_one_plain_problem(
 def test_a_damaged_clock_hides_no_other_problem() -> None:
     (write_checkpoint(config(), 10) / "state.json").unlink()
     with pytest.raises(ConfigError) as caught:
-        inspect(config("run.seed=4", "parallel.world_size=16", "recipe.global_batch_size=32"))
+        inspect(config("run.seed=4", "parallel.world_size=16", "recipe.micro_batch_size=1"))
     paths = [problem.path.rpartition("/")[2] for problem in caught.value.problems]
     assert sorted(set(paths)) == ["parallel.world_size", "run.seed", "state.json"]
 
@@ -141,7 +141,7 @@ def test_the_checkpoint_decides_not_the_last_launch() -> None:
 
 def test_one_node_is_the_limit() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.world_size: found 16; must be at most"):
-        inspect(config("parallel.world_size=16", "recipe.global_batch_size=32"))
+        inspect(config("parallel.world_size=16", "recipe.micro_batch_size=1"))
 
 
 def test_config_is_written_and_the_one_before_is_kept() -> None:

@@ -93,7 +93,6 @@ DISAGREEING = [
         ["monitor.profile.torch_first_step=9999", "monitor.profile.torch_last_step=9999"],
         "monitor.profile.torch_first_step",
     ),
-    (["parallel.linear=te"], "parallel.linear"),
     (["parallel.max_activations=4"], "parallel.max_activations"),
     (
         ["parallel.schedule=search", "parallel.chunks=2", "parallel.max_activations=1"],
@@ -123,7 +122,7 @@ def test_sections_that_disagree(overrides: list[str], path: str) -> None:
         ["model.num_layers=5", "parallel.layers_per_chunk=[3,2]"],
         ["parallel.schedule=zb_v", "parallel.chunks=2"],
         ["parallel.schedule=search", "parallel.max_activations=2"],
-        ["parallel.schedule=1f1b", "parallel.linear=te"],
+        ["parallel.schedule=zb_h1", "parallel.linear=te"],
         ["model.num_experts_per_tok=12"],
         ["recipe.batch_ramp={start_batch_size:4,ramp_tokens:9,multiple_of:4}"],
         ["model.yarn={factor:4,original_max_position:64}"],
@@ -226,7 +225,6 @@ def test_a_check_is_passed_over_for_a_wrong_field_and_not_for_a_misspelt_one(
         checks.cross_check(partial)
 
 
-CHUNKED = ["parallel.schedule=interleaved", "parallel.chunks=1"]
 LAYOUTS = st.fixed_dictionaries(
     {
         "model.num_layers": st.integers(2, 80),
@@ -234,7 +232,6 @@ LAYOUTS = st.fixed_dictionaries(
         "parallel.chunks": st.sampled_from([1, 1, 2, 3]),
         "parallel.schedule": st.sampled_from(SCHEDULES),
         "parallel.max_activations": st.sampled_from(["null", 1, 2, 4]),
-        "parallel.linear": st.sampled_from(["auto", "auto", "te"]),
         "recipe.global_batch_size": st.sampled_from([16, 24, 48]),
     }
 )
@@ -275,7 +272,6 @@ def rule(problem: Problem) -> Problem:
             ["parallel.schedule=interleaved", "parallel.pp=1", "parallel.ep=4"],
             ["parallel.schedule=1f1b", "parallel.schedule=zb_h1", "parallel.schedule=search"],
         ),
-        (["parallel.linear=te", "parallel.chunks=2", "parallel.schedule=1f1b"], CHUNKED),
         (
             ["parallel.schedule=zb_v", "parallel.chunks=2", "parallel.pp=1", "parallel.ep=4"],
             ["parallel.schedule=1f1b parallel.chunks=1"],
