@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` reads."""
     parser.description = (
         "Write safetensors, index, config.json and tokenizer that transformers loads. Needs no GPU "
-        "and a few MiB of memory, whatever the model's size; every tensor is verified on the way."
+        "and 300 MiB of memory, whatever the model's size; every tensor is verified on the way."
     )
     parser.add_argument("checkpoint", type=Path, help="a run folder (its newest) or a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -42,10 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
     source = open_source(checkpoint_at(arguments.checkpoint))
     source, companions, told = _with_companions(source, arguments.data)
     done = export(source, arguments.out, arguments.shard_size, companions)
+    files = "one file" if done.num_files == 1 else f"{done.num_files:,} files"
     print(
         f"{arguments.out}: {source.path} as Hugging Face has it\n"
         f"  {done.num_tensors:,} tensors of {source.dtype}, {done.num_bytes:,} bytes in "
-        f"{done.num_files:,} files, each equal to its checksum\n"
+        f"{files}, each equal to its checksum\n"
         f"  {told}"
     )
     return 0

@@ -26,5 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
             the weights.
     """
     path = import_folder(arguments.folder, arguments.out)
-    print(f"{path}: the weights of {arguments.folder}; no optimizer state, the clock is at zero")
+    print(
+        f"{path}: the weights of {arguments.folder}; no optimizer state, the clock is at zero\n"
+        f"  a run of the same model begins with them: checkpoint.init_from={arguments.out}"
+    )
     return 0

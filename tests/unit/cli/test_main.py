@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.cli import main as cli
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.data.manifest import DataError
@@ -21,9 +22,12 @@ def test_config_error_is_two_lines_and_no_traceback(capsys: pytest.CaptureFixtur
     assert told.err == "1 configuration problem:\n  - optim.lr: found -1; must be positive\n"
 
 
-def test_data_error_is_its_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", [DataError, CheckpointError])
+def test_its_line_and_no_traceback(
+    kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
     def run() -> int:
-        raise DataError("data/mine: no such folder")
+        raise kind("data/mine: no such folder")
 
     assert cli.report_errors(run) == 2
     assert capsys.readouterr().err == "data/mine: no such folder\n"
