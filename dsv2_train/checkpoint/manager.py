@@ -1,14 +1,18 @@
 """Save a run's state so that it is there entirely or not at all, and restore the newest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import distributed as dist
 
+from dsv2_train.checkpoint.background import BackgroundSave, Finished
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.checkpoint.restore import restore
-from dsv2_train.checkpoint.save import save
+from dsv2_train.checkpoint.save import begin, save
+from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.distributed.sharding import Piece
 
 
@@ -18,16 +22,28 @@ class CheckpointManager:
     Args:
         folder: the run's checkpoint folder; made by the first save.
         every_steps: a checkpoint is due every so many steps.
-        group: process group of all ranks, able to carry objects; None for the default group, or
-            for one process where none is initialized.
+        group: process group of all ranks, able to carry objects and host tensors; None for the
+            default group, or for one process where none is initialized.
+        staging: host memory for what `begin` saves; None if that is to write before it returns.
     """
 
     def __init__(
-        self, folder: Path, every_steps: int, group: dist.ProcessGroup | None = None
+        self,
+        folder: Path,
+        every_steps: int,
+        group: dist.ProcessGroup | None = None,
+        staging: Staging | None = None,
     ) -> None:
         self.folder = folder
         self.every_steps = every_steps
         self._ranks = Ranks(group)
+        self._staging = staging
+        self._under_way: BackgroundSave | None = None
+
+    @property
+    def under_way(self) -> int | None:
+        """Step of the checkpoint that is being written, None if there is none; equal on ranks."""
+        return None if self._under_way is None else self._under_way.step
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after this step."""
@@ -36,7 +52,7 @@ class CheckpointManager:
     def save(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> Path:
         """Write a checkpoint; nothing is gathered, every rank writes the ranges it owns.
 
-        A complete checkpoint of this step is left as it is.
+        A complete checkpoint of this step is left as it is. One that is under way is waited for.
 
         Args:
             state: the clock, equal on all ranks.
@@ -53,7 +69,73 @@ class CheckpointManager:
         Note:
             Collective over all ranks. Host memory: a few MiB, and 68 MiB if pieces are on a device.
         """
-        return save(self._ranks, self.folder, state, pieces, config_yaml)
+        self.wait()
+        with self._naming(state.step):
+            return save(self._ranks, self.folder, state, pieces, config_yaml)
+
+    def begin(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> None:
+        """Save what the pieces hold now, and return when it is copied: `poll` tells of the rest.
+
+        At most one checkpoint is under way: an earlier one is waited for. Without memory to copy to
+        this is `save`.
+
+        Args:
+            state: the clock, equal on all ranks.
+            pieces: as for `save`, of the sizes that the memory is for.
+            config_yaml: the resolved config.
+
+        Raises:
+            CheckpointError: on every rank, as by `save` for what is found before writing.
+
+        Note:
+            Collective over all ranks.
+        """
+        if self._staging is None:
+            self.save(state, pieces, config_yaml)
+            return
+        self.wait()
+        with self._naming(state.step):
+            checkpoint = begin(self._ranks, self.folder, state, pieces, config_yaml)
+        if checkpoint is not None:
+            staged = self._staging.copy(pieces)
+            self._under_way = BackgroundSave(self._ranks, checkpoint, staged)
+
+    def poll(self) -> Finished | None:
+        """Between two steps: hear of the checkpoint that is under way, without waiting for it.
+
+        Returns:
+            The checkpoint, if it has become complete.
+
+        Raises:
+            CheckpointError: on every rank at the same step, when it could not be written. The
+                newest complete checkpoint is intact, and nothing is under way any more.
+
+        Note:
+            Collective over all ranks while one is under way; else no communication.
+        """
+        return None if self._under_way is None else self._settle(self._under_way, wait=False)
+
+    def wait(self) -> Finished | None:
+        """Hear of the checkpoint that is under way when it is complete; raises as `poll` does."""
+        return None if self._under_way is None else self._settle(self._under_way, wait=True)
+
+    def _settle(self, under_way: BackgroundSave, *, wait: bool) -> Finished | None:
+        self._under_way = None  # unless it turns out to be
+        with self._naming(under_way.step):
+            finished = under_way.wait() if wait else under_way.poll()
+        if finished is None:
+            self._under_way = under_way
+        return finished
+
+    @contextmanager
+    def _naming(self, step: int) -> Iterator[None]:
+        """Say of what is raised which checkpoint it is about."""
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder}:\n{error}"
+            ) from error
 
     def restore(self, pieces: Sequence[Piece]) -> TrainState | None:
         """Fill pieces from the newest complete checkpoint and verify what arrived.

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
+import torch
 from torch import distributed as dist
 
 from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.distributed.collectives import all_max
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,12 +25,13 @@ class Ranks:
     An exception on one rank would leave the others waiting for it. Here every rank raises instead.
 
     Args:
-        group: process group that carries Python objects; None for the default group.
+        group: process group that carries Python objects and host tensors; None for the default
+            group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
         connected = dist.is_available() and dist.is_initialized()
+        self._group = dist.group.WORLD if group is None and connected else group
         self.size = dist.get_world_size(group) if connected else 1
         self.rank = dist.get_rank(group) if connected else 0
 
@@ -59,6 +62,12 @@ class Ranks:
     def first(self, work: Callable[[], R]) -> R:
         """Run `work` on the first rank only and return its result everywhere; collective."""
         return self.reduce(lambda: None, lambda _: work())
+
+    def all(self, holds_here: bool) -> bool:
+        """Whether something holds on every rank; collective: one all-reduce of one number."""
+        if self._group is None:
+            return holds_here
+        return not all_max(torch.tensor(int(not holds_here)), self._group).item()
 
     def _gather(self, value: T | _Failure) -> list[T | _Failure]:
         if self.size == 1:

@@ -1,5 +1,6 @@
 """Write a run's state so that it is there entirely or not at all."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from dsv2_train.checkpoint.dcp.write import WrittenPiece, write_pieces
 from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.checksum import add_checksums
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import Chunk, FileEntry, Manifest, TensorEntry
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
@@ -17,7 +19,22 @@ from dsv2_train.distributed.sharding import Piece
 
 
 @dataclass(frozen=True)
-class _Written:
+class Checkpoint:
+    """A checkpoint that is being written, as every rank knows it.
+
+    Attributes:
+        temporary: the folder that it is written into.
+        state: the clock.
+        config_yaml: the resolved config.
+    """
+
+    temporary: Path
+    state: TrainState
+    config_yaml: str
+
+
+@dataclass(frozen=True)
+class Written:
     """What one rank wrote."""
 
     file: str
@@ -44,37 +61,68 @@ def save(
     Note:
         Collective over all ranks.
     """
-    final = layout.step_folder(folder, state.step)
-    if ranks.first(lambda: layout.is_complete(final)):
-        return final
+    checkpoint = begin(ranks, folder, state, pieces, config_yaml)
+    if checkpoint is None:
+        return layout.step_folder(folder, state.step)
+    try:
+        return ranks.reduce(
+            lambda: write(checkpoint, ranks.rank, pieces),
+            lambda written: publish(checkpoint, written),
+        )
+    except CheckpointError:
+        discard(ranks, checkpoint)
+        raise
 
-    def prepare(ranges: list[list[Range]]) -> Path:
+
+def begin(
+    ranks: Ranks, folder: Path, state: TrainState, pieces: Sequence[Piece], config_yaml: str
+) -> Checkpoint | None:
+    """Make the temporary folder of a checkpoint; None if its step is there, complete.
+
+    Raises:
+        CheckpointError: on every rank, when pieces leave a gap or overlap, or there is no folder.
+
+    Note:
+        Collective over all ranks.
+    """
+
+    def prepare(ranges: list[list[Range]]) -> Path | None:
+        if layout.is_complete(layout.step_folder(folder, state.step)):
+            return None
         check_coverage(part for of_rank in ranges for part in of_rank)
         return folders.start(folder, state.step)
 
     temporary = ranks.reduce(lambda: ranges_of(pieces), prepare)
-
-    def publish(written: list[_Written]) -> None:
-        contents = {
-            layout.METADATA: metadata_bytes(
-                (rank.file, *place) for rank in written for place in rank.places
-            ),
-            layout.CONFIG: config_yaml.encode(),
-            layout.STATE: state.to_json().encode(),
-        }
-        folders.publish(temporary, _manifest(state.step, written), contents)
-
-    ranks.reduce(lambda: _write(temporary, ranks.rank, pieces), publish)
-    return final
+    return None if temporary is None else Checkpoint(temporary, state, config_yaml)
 
 
-def _write(temporary: Path, rank: int, pieces: Sequence[Piece]) -> _Written:
+def write(checkpoint: Checkpoint, rank: int, pieces: Sequence[Piece]) -> Written:
+    """Write a rank's pieces into the temporary folder, on the disk when it returns; local."""
     file = layout.data_file(rank)
-    entry, places = write_pieces(temporary / file, pieces)
-    return _Written(file, entry, list(zip(ranges_of(pieces), places, strict=True)))
+    entry, places = write_pieces(checkpoint.temporary / file, pieces)
+    return Written(file, entry, list(zip(ranges_of(pieces), places, strict=True)))
 
 
-def _manifest(step: int, written: Sequence[_Written]) -> Manifest:
+def publish(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
+    """Make the checkpoint of what all ranks wrote; on the first rank, without communication."""
+    contents = {
+        layout.METADATA: metadata_bytes(
+            (rank.file, *place) for rank in written for place in rank.places
+        ),
+        layout.CONFIG: checkpoint.config_yaml.encode(),
+        layout.STATE: checkpoint.state.to_json().encode(),
+    }
+    manifest = _manifest(checkpoint.state.step, written)
+    return folders.publish(checkpoint.temporary, manifest, contents)
+
+
+def discard(ranks: Ranks, checkpoint: Checkpoint) -> None:
+    """Free what a failed save took; no rank may be writing. No communication, raises nothing."""
+    if ranks.rank == 0:
+        shutil.rmtree(checkpoint.temporary, ignore_errors=True)
+
+
+def _manifest(step: int, written: Sequence[Written]) -> Manifest:
     parts = [(part, rank.file, place) for rank in written for part, place in rank.places]
     of_key: dict[str, list[tuple[Range, str, WrittenPiece]]] = {}
     for item in sorted(parts, key=lambda item: (item[0].key, item[0].offset)):

@@ -39,7 +39,10 @@ METRICS = (
     Metric("perf/step_time_s", "s", "mean, without evaluation and checkpoints", ".3f"),
     Metric("perf/data_time_s", "s", "mean wait for data in a step", ".4f"),
     Metric("perf/eval_time_s", "s", "spent in evaluation since the last row", ".2f"),
-    Metric("perf/checkpoint_time_s", "s", "spent in checkpoints since the last row", ".2f"),
+    Metric(
+        "perf/checkpoint_time_s", "s", "training stood for checkpoints since the last row", ".2f"
+    ),
+    Metric("perf/checkpoint_write_s", "s", "behind training, of checkpoints now complete", ".2f"),
     Metric("perf/model_tflops_per_gpu", "TFLOP/s", "model operations per device", ".2f"),
     Metric("perf/mfu", "", "share of the device's known peak, 0 to 1", ".1%", "MFU"),
     Metric(

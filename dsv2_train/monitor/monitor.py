@@ -116,7 +116,7 @@ class Monitor:
             self._wandb.record(whole)
         self._console.record(whole)
         for alert in alerts:
-            self._alert(f"step {step}: {alert}")
+            self.alert("routing", f"step {step}: {alert}")
 
     def record_map(self, one: ExpertMap, step: int) -> None:
         """Report how loaded every expert was in a step."""
@@ -127,6 +127,12 @@ class Monitor:
     def message(self, what: RenderableType) -> None:
         """Show people a text or a table; possible after `close` too."""
         self._console.message(what)
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell people of something that is wrong, on the console and through wandb."""
+        self.message(f"ALERT  {text}")
+        if self._wandb is not None:
+            self._wandb.alert(title, text)
 
     def draw_plots(self) -> list[Path]:
         """Draw the run so far into `plots/`; what was written. About a second."""
@@ -140,8 +146,3 @@ class Monitor:
         self._maps.close()
         if self._wandb is not None:
             self._wandb.close()
-
-    def _alert(self, text: str) -> None:
-        self.message(f"ALERT  {text}")
-        if self._wandb is not None:
-            self._wandb.alert("routing", text)

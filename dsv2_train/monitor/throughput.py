@@ -22,6 +22,7 @@ class Window:
         data_time_s: of it, waited for data.
         eval_time_s: of it, spent in evaluation.
         checkpoint_time_s: of it, spent in checkpoints.
+        checkpoint_write_s: behind training, until checkpoints were complete; not part of the above.
     """
 
     num_steps: int
@@ -30,6 +31,7 @@ class Window:
     data_time_s: float = 0.0
     eval_time_s: float = 0.0
     checkpoint_time_s: float = 0.0
+    checkpoint_write_s: float = 0.0
 
     @property
     def training_s(self) -> float:
@@ -60,6 +62,8 @@ def throughput(
         row["perf/eval_time_s"] = window.eval_time_s
     if window.checkpoint_time_s:
         row["perf/checkpoint_time_s"] = window.checkpoint_time_s
+    if window.checkpoint_write_s:
+        row["perf/checkpoint_write_s"] = window.checkpoint_write_s
     if peak_tflops is not None:
         row["perf/mfu"] = tflops / peak_tflops
     return row
@@ -106,6 +110,10 @@ class Stopwatch:
         yield
         self._checkpoint_time_s += self._now() - start_s
 
+    def add_checkpoint_write(self, elapsed_s: float) -> None:
+        """Count a checkpoint that was written while training went on."""
+        self._checkpoint_write_s += elapsed_s
+
     def cut(self) -> Window:
         """End the window and start the next."""
         window = Window(
@@ -115,6 +123,7 @@ class Stopwatch:
             data_time_s=self._data_time_s,
             eval_time_s=self._eval_time_s,
             checkpoint_time_s=self._checkpoint_time_s,
+            checkpoint_write_s=self._checkpoint_write_s,
         )
         self._restart()
         return window
@@ -126,3 +135,4 @@ class Stopwatch:
         self._data_time_s = 0.0
         self._eval_time_s = 0.0
         self._checkpoint_time_s = 0.0
+        self._checkpoint_write_s = 0.0

@@ -23,8 +23,6 @@ def train(run: Run) -> None:
             with run.telemetry.stopwatch.evaluation():
                 validation_loss = evaluate(run)
         run.telemetry.end_step(run.clock, point, result, validation_loss)
-        if run.checkpoints.due(run.clock.step):
-            with run.telemetry.stopwatch.checkpoint():
-                run.save()
+        run.keep_checkpoints()
     run.profiler.end()
     run.save()

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
 
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
+from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split, open_split
 from dsv2_train.data.manifest import verify
@@ -19,6 +21,7 @@ from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.monitor.report import StartUp, start_up_table
 from dsv2_train.optim.adam import choose_adam
 from dsv2_train.optim.build import build_optimizer, wrap
+from dsv2_train.optim.zero import ZeroOptimizer
 from dsv2_train.pipeline.build import build_executor
 from dsv2_train.pipeline.profiler import Profiler
 from dsv2_train.recipe.clock import Clock, Schedule
@@ -63,7 +66,8 @@ def build_run(config: RunConfig, env: Env) -> Run:
     chunks = [wrap(model, config.parallel, config.recipe.precision, groups) for model in models]
     adam = choose_adam(config.optim.adam, env.device)
     optimizer = build_optimizer(chunks, config.optim, adam, groups)
-    checkpoints = CheckpointManager(config.run.checkpoint_folder, config.checkpoint.every_steps)
+    hosts = process_groups.build_hosts(TIMEOUT_S)
+    checkpoints = _checkpoints(config, optimizer, hosts)
     state = checkpoints.restore(list(optimizer.pieces()))
     if state is not None:
         optimizer.adam_step = state.adam_step
@@ -88,12 +92,21 @@ def build_run(config: RunConfig, env: Env) -> Run:
         monitor=monitor,
         telemetry=_telemetry(config, monitor, models, groups, env.device),
         profiler=Profiler(config, env, executor),
-        signals=StopSignals(process_groups.build_hosts(TIMEOUT_S)),
+        signals=StopSignals(hosts),
     )
     if monitor is not None:
         served = [*choices.values(), Choice("adam", adam.implementation, adam.reason)]
         monitor.message(start_up_table(_start_up(run, served)))
     return run
+
+
+def _checkpoints(
+    config: RunConfig, optimizer: ZeroOptimizer, hosts: ProcessGroup
+) -> CheckpointManager:
+    staging = Staging(list(optimizer.pieces())) if config.checkpoint.asynchronous else None
+    return CheckpointManager(
+        config.run.checkpoint_folder, config.checkpoint.every_steps, hosts, staging
+    )
 
 
 def _monitor(

@@ -1,11 +1,22 @@
 """When state is saved."""
 
+from typing import Literal
+
 from pydantic import PositiveInt
 
 from dsv2_train.config.sections.base import Section
 
 
 class CheckpointConfig(Section):
-    """Checkpoints are written every so many steps and once at the end."""
+    """Checkpoints are written every so many steps and once at the end.
+
+    `asynchronous`: training goes on when the state is copied to host memory, which takes as much
+    of it on every rank as the rank's checkpoint is large.
+    `on_failure`: what a checkpoint that cannot be written does to a run; it can `stop` at the next
+    step, or tell and `go_on`, with another attempt at the next checkpoint. That of the end must be
+    written.
+    """
 
     every_steps: PositiveInt
+    asynchronous: bool = True
+    on_failure: Literal["stop", "go_on"] = "stop"

@@ -1,0 +1,91 @@
+"""Disks that fail while a checkpoint is written: each a context, entered by the rank that fails."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from dsv2_train.checkpoint import save
+from dsv2_train.checkpoint.dcp import write
+from tests.helpers.saved import files_up_to
+
+
+@contextmanager
+def no_space(_folder: Path) -> Iterator[None]:
+    """Writing data fails after some bytes, as on a full disk."""
+    write_all = write._write_all
+    left = 100
+
+    def write_some(descriptor: int, data: Any) -> None:
+        nonlocal left
+        write_all(descriptor, memoryview(data)[:left])
+        if len(data) > left:
+            raise OSError(28, "No space left on device")
+        left -= len(data)
+
+    with patch.object(write, "_write_all", write_some):
+        yield
+
+
+@contextmanager
+def limited_files(_folder: Path) -> Iterator[None]:
+    """The system lets this process write short files only."""
+    with files_up_to(100):
+        yield
+
+
+@contextmanager
+def vanishing_folder(_folder: Path) -> Iterator[None]:
+    """The folder is gone when this rank has written its file."""
+    write_pieces = write.write_pieces
+
+    def write_and_lose(path: Path, pieces: Any) -> Any:
+        written = write_pieces(path, pieces)
+        shutil.rmtree(path.parent, ignore_errors=True)
+        return written
+
+    with patch.object(save, "write_pieces", write_and_lose):
+        yield
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """The small disk that the folder is on has no byte left."""
+    filler = folder / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    yield
+    filler.unlink()
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """The small disk that the folder is on cannot be written."""
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    yield
+    subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+
+
+Fault = Callable[[Path], AbstractContextManager[None]]
+OF_A_RANK: tuple[Fault, ...] = (no_space, limited_files, vanishing_folder)
+OF_A_DISK: tuple[Fault, ...] = (full_disk, read_only)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A disk of 4 MiB in memory at a folder; skips the test where this user may not have one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
