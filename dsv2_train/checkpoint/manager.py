@@ -19,6 +19,11 @@ from dsv2_train.distributed.sharding import Piece
 class CheckpointManager:
     """Saves and restores the state of a run, below one folder that all ranks share.
 
+    Attributes:
+        folder: the run's checkpoint folder.
+        every_steps: a checkpoint is due every so many steps.
+        passed_over: what was wrong with newer checkpoints than the one that was restored.
+
     Args:
         folder: the run's checkpoint folder; made by the first save.
         every_steps: a checkpoint is due every so many steps.
@@ -39,6 +44,7 @@ class CheckpointManager:
         self._ranks = Ranks(group)
         self._staging = staging
         self._under_way: BackgroundSave | None = None
+        self.passed_over: tuple[str, ...] = ()
 
     @property
     def under_way(self) -> int | None:
@@ -138,7 +144,11 @@ class CheckpointManager:
             ) from error
 
     def restore(self, pieces: Sequence[Piece]) -> TrainState | None:
-        """Fill pieces from the newest complete checkpoint and verify what arrived.
+        """Fill pieces from the newest checkpoint that is as it was written.
+
+        Each newer one that is damaged, or was not written to the end, is told of on the first
+        rank's standard error and in `passed_over`, and renamed, so that its step can be written
+        again.
 
         The pieces may be cut differently from how they were written. Several ranks may ask for the
         same range, but not for ranges that overlap in part.
@@ -147,14 +157,20 @@ class CheckpointManager:
             pieces: over all ranks, every element of every tensor of the checkpoint.
 
         Returns:
-            The clock, or None where there is no complete checkpoint.
+            The clock, or None where no checkpoint was ever completed.
 
         Raises:
-            CheckpointError: on every rank: for tensors that are missing, unexpected or of another
-                shape or dtype (all are listed), and for damage (tensors and files are named).
-                Then the pieces hold nothing of use.
+            DamagedError: on every rank, if all complete checkpoints are damaged (tensors and files
+                are named); nothing is renamed. Then the pieces hold nothing of use.
+            CheckpointError: on every rank, if the newest intact one is of another model (tensors
+                that are missing, unexpected or of another shape or dtype are listed) or of another
+                format version.
 
         Note:
             Collective over all ranks. Host memory: 4 MiB beside the pieces.
         """
-        return restore(self._ranks, self.folder, pieces)
+        restored = restore(self._ranks, self.folder, pieces)
+        if restored is None:
+            return None
+        self.passed_over = restored.passed_over
+        return restored.state

@@ -38,7 +38,7 @@ READ_AT_START_BYTES = 64 << 30
 
 
 def build_run(config: RunConfig, env: Env) -> Run:
-    """Build, restore the newest checkpoint if there is one, and show the start-up table.
+    """Build, restore the newest intact checkpoint if there is one, and show the start-up table.
 
     Args:
         config: the run, checked.
@@ -50,7 +50,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
     Raises:
         ConfigError: if an implementation that was asked for cannot run here.
         DataError: if the corpus is not the one its manifest describes.
-        CheckpointError: if the newest checkpoint is damaged or of another model.
+        CheckpointError: if every checkpoint is damaged, or the newest is of another model.
 
     Note:
         Collective over all ranks.
@@ -75,6 +75,9 @@ def build_run(config: RunConfig, env: Env) -> Run:
     schedule = Schedule(config.recipe, config.optim)
     clock = Clock(state.step, state.consumed_samples) if state else Clock()
     monitor = _monitor(config, env, schedule.last_step(clock), state)
+    if monitor is not None:
+        for damage in checkpoints.passed_over:
+            monitor.alert("checkpoint", damage)
     executor = build_executor(config, chunks, env.device, TIMEOUT_S)
     run = Run(
         config=config,
