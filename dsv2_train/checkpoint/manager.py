@@ -8,6 +8,7 @@ from torch import distributed as dist
 
 from dsv2_train.checkpoint.background import BackgroundSave, Finished
 from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.retention import KEEP_ALL, Retention
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.checkpoint.restore import restore
@@ -30,6 +31,7 @@ class CheckpointManager:
         group: process group of all ranks, able to carry objects and host tensors; None for the
             default group, or for one process where none is initialized.
         staging: host memory for what `begin` saves; None if that is to write before it returns.
+        retention: which checkpoints are kept when another one is complete.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class CheckpointManager:
         every_steps: int,
         group: dist.ProcessGroup | None = None,
         staging: Staging | None = None,
+        retention: Retention = KEEP_ALL,
     ) -> None:
         self.folder = folder
         self.every_steps = every_steps
         self._ranks = Ranks(group)
         self._staging = staging
+        self._retention = retention
         self._under_way: BackgroundSave | None = None
         self.passed_over: tuple[str, ...] = ()
 
@@ -77,7 +81,7 @@ class CheckpointManager:
         """
         self.wait()
         with self._naming(state.step):
-            return save(self._ranks, self.folder, state, pieces, config_yaml)
+            return save(self._ranks, self.folder, state, pieces, config_yaml, self._retention)
 
     def begin(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> None:
         """Save what the pieces hold now, and return when it is copied: `poll` tells of the rest.
@@ -104,7 +108,7 @@ class CheckpointManager:
             checkpoint = begin(self._ranks, self.folder, state, pieces, config_yaml)
         if checkpoint is not None:
             staged = self._staging.copy(pieces)
-            self._under_way = BackgroundSave(self._ranks, checkpoint, staged)
+            self._under_way = BackgroundSave(self._ranks, checkpoint, staged, self._retention)
 
     def poll(self) -> Finished | None:
         """Between two steps: hear of the checkpoint that is under way, without waiting for it.

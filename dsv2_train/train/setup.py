@@ -6,6 +6,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from dsv2_train.checkpoint.disk.retention import Retention
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
@@ -108,7 +109,11 @@ def _checkpoints(
 ) -> CheckpointManager:
     staging = Staging(list(optimizer.pieces())) if config.checkpoint.asynchronous else None
     return CheckpointManager(
-        config.run.checkpoint_folder, config.checkpoint.every_steps, hosts, staging
+        config.run.checkpoint_folder,
+        config.checkpoint.every_steps,
+        hosts,
+        staging,
+        Retention(config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
     )
 
 

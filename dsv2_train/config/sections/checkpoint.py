@@ -15,8 +15,12 @@ class CheckpointConfig(Section):
     `on_failure`: what a checkpoint that cannot be written does to a run; it can `stop` at the next
     step, or tell and `go_on`, with another attempt at the next checkpoint. That of the end must be
     written.
+    `keep_last`: when a checkpoint is complete, older ones than the newest so many are removed; null
+    keeps all. `keep_every_steps`: except those whose step is a multiple of it.
     """
 
     every_steps: PositiveInt
     asynchronous: bool = True
     on_failure: Literal["stop", "go_on"] = "stop"
+    keep_last: PositiveInt | None = None
+    keep_every_steps: PositiveInt | None = None
