@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from dsv2_train.checkpoint.dcp.archive import stream_header
+from dsv2_train.checkpoint.dcp.coverage import dtype_of
 from dsv2_train.checkpoint.disk.folder import reading
 from dsv2_train.checkpoint.disk.manifest import Manifest
 
@@ -41,7 +40,7 @@ def _is_headers_and_tensors(
     position = 0
     with reading(path), path.open("rb", buffering=0) as file:
         for byte_offset, numel, name in sorted(places):
-            dtype = getattr(torch, name)
+            dtype = dtype_of(name)
             header = stream_header(dtype, numel)
             file.seek(position)
             if file.read(len(header)) != header or byte_offset != position + len(header):
