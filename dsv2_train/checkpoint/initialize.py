@@ -12,7 +12,7 @@ from dsv2_train.checkpoint.disk.folder import open_verified
 from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.ranks import Ranks
-from dsv2_train.checkpoint.restore import compare, verify
+from dsv2_train.checkpoint.restore import Loaded, compare, damaged_files, verify
 from dsv2_train.distributed.sharding import Piece
 
 _WEIGHT = "weight/"
@@ -42,12 +42,14 @@ def initialize(ranks: Ranks, given: Path, pieces: Sequence[Piece]) -> Path:
         lambda ranges: compare(manifest, ranges),
     )
 
-    def load() -> list[tuple[Range, int]]:
+    def load() -> Loaded:
+        file_problems = damaged_files(ranks, path, manifest)
         parts = [_as_written(part, manifest) for part in ranges_of(pieces)]
-        return [
+        filled = [
             (part, _fill(path, manifest, part, piece))
             for part, piece in zip(parts, pieces, strict=True)
         ]
+        return Loaded(filled, file_problems)
 
     ranks.reduce(load, lambda loaded: verify(path, manifest, loaded))
     return path

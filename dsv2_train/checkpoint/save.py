@@ -1,6 +1,7 @@
 """Write a run's state so that it is there entirely or not at all."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import FileEntry, Manifest
+from dsv2_train.checkpoint.disk.retention import Retention, prune
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.distributed.sharding import Piece
@@ -42,7 +44,12 @@ class Written:
 
 
 def save(
-    ranks: Ranks, folder: Path, state: TrainState, pieces: Sequence[Piece], config_yaml: str
+    ranks: Ranks,
+    folder: Path,
+    state: TrainState,
+    pieces: Sequence[Piece],
+    config_yaml: str,
+    retention: Retention,
 ) -> Path:
     """Write a checkpoint; see `CheckpointManager.save`.
 
@@ -52,6 +59,7 @@ def save(
         state: the clock, equal on all ranks.
         pieces: what this rank owns.
         config_yaml: the resolved config.
+        retention: which checkpoints are kept when this one is complete.
 
     Raises:
         CheckpointError: on every rank, when pieces leave a gap or overlap, and when a file cannot
@@ -66,7 +74,7 @@ def save(
     try:
         return ranks.reduce(
             lambda: write(checkpoint, ranks.rank, pieces),
-            lambda written: publish(checkpoint, written),
+            lambda written: publish(checkpoint, written, retention),
         )
     except CheckpointError:
         discard(ranks, checkpoint)
@@ -102,8 +110,14 @@ def write(checkpoint: Checkpoint, rank: int, pieces: Sequence[Piece]) -> Written
     return Written(file, entry, list(zip(ranges_of(pieces), places, strict=True)))
 
 
-def publish(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
-    """Make the checkpoint of what all ranks wrote; on the first rank, without communication."""
+def publish(checkpoint: Checkpoint, written: Sequence[Written], retention: Retention) -> Path:
+    """Make the checkpoint of what all ranks wrote, and remove older ones that are not kept.
+
+    One that cannot be removed is told of on standard error: the new checkpoint is complete.
+
+    Note:
+        On the first rank, without communication.
+    """
     places = [(rank.file, *place) for rank in written for place in rank.places]
     contents = {
         layout.METADATA: metadata_bytes(places),
@@ -112,7 +126,12 @@ def publish(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
     }
     files = {rank.file: rank.entry for rank in written}
     manifest = Manifest(checkpoint.state.step, tensor_entries(places), files)
-    return folders.publish(checkpoint.temporary, manifest, contents)
+    path = folders.publish(checkpoint.temporary, manifest, contents)
+    try:
+        prune(path.parent, retention)
+    except OSError as error:
+        sys.stderr.write(f"{path} is complete, but an older one could not be removed: {error}\n")
+    return path
 
 
 def discard(ranks: Ranks, checkpoint: Checkpoint) -> None:

@@ -97,6 +97,13 @@ def _only_overlapped_gradients_have_buckets(config: RunConfig) -> Iterator[Probl
         yield Problem("parallel.bucket_size", size, allowed)
 
 
+def _only_a_pruned_run_has_exceptions(config: RunConfig) -> Iterator[Problem]:
+    every, last = config.checkpoint.keep_every_steps, config.checkpoint.keep_last
+    if every is not None and last is None:
+        allowed = "must be null with checkpoint.keep_last=null: all are kept"
+        yield Problem("checkpoint.keep_every_steps", every, allowed)
+
+
 def _deepep_has_peers(config: RunConfig) -> Iterator[Problem]:
     if config.parallel.dispatcher == "deepep" and config.parallel.ep == 1:
         allowed = "must be more than 1 with parallel.dispatcher=deepep: nothing travels"
@@ -123,6 +130,7 @@ _CHECKS: tuple[Check, ...] = (
     _deepep_has_peers,
     _deepep_has_bf16,
     *MONITOR_CHECKS,
+    _only_a_pruned_run_has_exceptions,
     _recomputed_once,
     _recompute_has_mixtures,
     _rope,

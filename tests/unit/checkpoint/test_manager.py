@@ -309,7 +309,7 @@ def test_a_newer_format_is_refused(manager: CheckpointManager, saved: Path) -> N
     manifest = saved / layout.MANIFEST
     text = manifest.read_text().replace('"format_version": 1', '"format_version": 2')
     manifest.write_text(text)
-    (saved / layout.MARKER).write_bytes(folder._marker_of(text.encode()))
+    (saved / layout.MARKER).write_bytes(folder.marker_of(text.encode()))
     with pytest.raises(CheckpointError, match="format_version: found 2; this dsv2_train reads 1"):
         manager.restore(pieces_of(blank()))
 

@@ -56,7 +56,16 @@ def test_verb_gets_its_arguments_and_returns_the_status(capsys: pytest.CaptureFi
     assert "2 configuration problems" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "status"), [([], 0), (["--help"], 0), (["fly"], 2)])
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ([], 0),
+        (["--help"], 0),
+        (["checkpoint", "--help"], 0),
+        (["checkpoint", "fly"], 2),
+        (["fly"], 2),
+    ],
+)
 def test_help_and_unknown_verbs(
     words: list[str], status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +79,7 @@ def test_help_and_unknown_verbs(
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([verb, "--help"])
+        cli.main([*verb.split(), "--help"])
     assert ended.value.code == 0
     assert f"usage: dsv2 {verb} " in capsys.readouterr().out
 

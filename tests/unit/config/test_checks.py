@@ -44,6 +44,10 @@ DISAGREEING = [
     (["model.num_experts_per_tok=13"], "model.num_experts_per_tok"),
     (["model.qk_rope_head_dim=15"], "model.qk_rope_head_dim"),
     (["model.num_dense_layers=5"], "model.num_dense_layers"),
+    (
+        ["checkpoint.keep_last=null", "checkpoint.keep_every_steps=100"],
+        "checkpoint.keep_every_steps",
+    ),
     (["parallel.pp=8", "parallel.world_size=16"], "parallel.pp"),
     (["parallel.layers_per_chunk=[2,1]"], "parallel.layers_per_chunk"),
     (["parallel.layers_per_chunk=[2,1,1]"], "parallel.layers_per_chunk"),
