@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install pretrain plan test check static bench format clean
+.PHONY: help install pretrain plan test soak check static bench format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ plan: .venv/.installed ## what the 236B run would cost, without a GPU
 
 test: static ## check, then every test that needs no GPU
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: .venv/.installed-dev ## trials at full count: reshapes, damages, kills; hours
+	$(BIN)/python -m pytest --soak -m soak $(ARGS)
 
 check: static ## ruff, mypy, import contracts, house rules
 	$(BIN)/python -m pytest tests/house

@@ -15,7 +15,7 @@ from dsv2_train.pipeline.schedules.model_costs import (
     model_costs,
     split_layers,
 )
-from dsv2_train.pipeline.schedules.run_plan import REFERENCE_SPEEDS
+from dsv2_train.pipeline.schedules.run_plan import H800
 from dsv2_train.pipeline.simulate import Simulation, simulate
 from dsv2_train.pipeline.timeline import of_simulation, write_picture
 
@@ -26,7 +26,6 @@ EQUAL = {"F:B:W = 1:1:1": (1.0, 1.0, 1.0), "F:B:W = 1.27:2.02:1": (1.27, 2.02, 1
 LAYERS = "DeepSeek-V2's layers and head"
 RECOMPUTE: tuple[Recomputed, ...] = ("mla_up_projection",)
 SEQUENCE_LENGTH = 4096
-COMMUNICATION_S = 0.84e-3
 DRAWN_S = (0.0235, 0.0374, 0.0185)  # F, B, W of four of its layers
 
 
@@ -54,13 +53,11 @@ def compare() -> dict[str, list[Row]]:
         for title, durations in EQUAL.items()
     }
     model = resolve(["experiment=dsv2_236b_pretrain"], need_data=False).model
-    head = head_layers(model, SEQUENCE_LENGTH, REFERENCE_SPEEDS, RECOMPUTE)
+    head = head_layers(model, SEQUENCE_LENGTH, H800, RECOMPUTE)
     tables[LAYERS] = []
     for schedule, place in _layouts(model.num_layers):
         layers = split_layers(model.num_layers, place, head)
-        costs = model_costs(
-            model, layers, SEQUENCE_LENGTH, REFERENCE_SPEEDS, RECOMPUTE, COMMUNICATION_S
-        )
+        costs = model_costs(model, layers, SEQUENCE_LENGTH, H800, RECOMPUTE)
         tables[LAYERS].append(_row((schedule, place), costs))
     return tables
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from benchmarks.contender import Batch, Contender
+from benchmarks.device_literals import rewrite_constants, schedules_on_cpu
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.sections.model import ModelConfig
-from dsv2_train.distributed.cpu_ranks import rewrite_constants
 
 
 class MegatronPeer(Contender):
@@ -165,6 +165,7 @@ def _optimize_on_cpu() -> None:
     init = MixedPrecisionOptimizer.__init__
     if torch.cuda.is_available() or "cuda" not in init.__code__.co_consts:
         return
+    schedules_on_cpu()
     names = ("FloatTensor", "HalfTensor", "BFloat16Tensor")
     rewrite_constants(
         {"cuda": "cpu"} | {f"torch.cuda.{name}": f"torch.{name}" for name in names},

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from benchmarks.device_literals import schedules_on_cpu
 from benchmarks.pipeline_ours import bare_loop, executor
 from benchmarks.pipeline_peers import (
-    let_megatron_core_interleave,
     megatron_core,
     megatron_core_groups,
     torch_zb_v,
@@ -188,8 +188,10 @@ def _row(
 
 
 def _contenders(step: PipelineStep, planned: Planned) -> Iterator[tuple[str, Contender]]:
-    let_megatron_core_interleave()
-    lanes = build_lanes([range(step.num_stages)], _LANE_TIMEOUT_S, torch.device("cpu"))
+    schedules_on_cpu()
+    lanes = build_lanes(
+        [range(step.num_stages)], _LANE_TIMEOUT_S, torch.device("cpu"), is_ring=True
+    )
     build = {
         "megatron-core": partial(megatron_core, megatron_core_groups()),
         "dsv2_train": partial(executor, lanes),

@@ -1,6 +1,7 @@
 """The executor on sleeping stages, and the least that any runtime of a plan does."""
 
 import itertools
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -16,17 +17,41 @@ from benchmarks.sleeping import (
     parts,
 )
 from dsv2_train.distributed.lanes import Lanes
+from dsv2_train.ops.main_grad import Deferred
 from dsv2_train.pipeline.costs import Costs
-from dsv2_train.pipeline.executor import Activation, Executor
+from dsv2_train.pipeline.executor import Executor
 from dsv2_train.pipeline.messages import Action, Message, with_messages
 from dsv2_train.pipeline.plans import Plan
+from dsv2_train.pipeline.stage.activation import Hidden
+
+
+class NoSync:
+    """For a chunk without data-parallel peers or buffers."""
+
+    def gather_weights(self) -> None:
+        """Nothing."""
+
+    def begin(self) -> None:
+        """Nothing."""
+
+    def before_last_backward(self) -> None:
+        """Nothing."""
+
+    def add_last(self, pending: Iterable[Deferred]) -> None:
+        """Add the last gradients."""
+        for gradient in pending:
+            gradient.add()
+
+    def finish(self) -> None:
+        """Nothing."""
 
 
 def executor(lanes: Lanes, plan: Plan, costs: Costs) -> Contender:
     """The executor of a run."""
     stage = SleepingStage(plan.placement, lanes.stage, costs)
-    activation = Activation(HIDDEN_SIZE, torch.float32, torch.device("cpu"))
-    runtime = Executor(stage.chunks, [], plan.placement, lanes, activation, lambda *_: plan)
+    syncs = [NoSync()] * len(stage.chunks)
+    hidden = Hidden(HIDDEN_SIZE, torch.float32, torch.device("cpu"))
+    runtime = Executor(stage.chunks, syncs, plan.placement, lanes, hidden, lambda *_: plan)
     step = partial(
         runtime,
         forward_step_func=forward_step,

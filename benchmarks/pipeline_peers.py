@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,6 @@ from benchmarks.sleeping import (
     forward_step,
 )
 from dsv2_train.config.placement import Placement
-from dsv2_train.distributed import cpu_ranks
 from dsv2_train.ops.main_grad import Deferred, DeferredGradients
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Kind, Op, Plan
@@ -79,12 +78,6 @@ def megatron_core_groups() -> ProcessGroupCollection:
     return ProcessGroupCollection(
         tp=alone, cp=alone, dp_cp=alone, pp=dist.group.WORLD, embd=None, pos_embd=None
     )
-
-
-@cache
-def let_megatron_core_interleave() -> None:
-    """`device="cuda"` in the interleaved schedule, answered as `cpu_ranks` does in the others."""
-    cpu_ranks.rewrite_constants({"cuda": "cpu"}, forward_backward_pipelining_with_interleaving)
 
 
 def torch_zb_v(num_microbatches: int, costs_of: Callable[[Placement], Costs]) -> Contender:

@@ -24,6 +24,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--no-skips", action="store_true", help="a skipped test fails, unless it is marked gpu"
     )
+    parser.addoption(
+        "--kills", type=int, metavar="N", help="trials of each way to save (2; 50 with --soak)"
+    )
+    parser.addoption("--soak", action="store_true", help="tests marked soak at full count")
+
+
+@pytest.fixture(scope="session")
+def soak(pytestconfig: pytest.Config) -> bool:
+    """Whether trials are to be run at full count."""
+    return bool(pytestconfig.getoption("--soak"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.retention import Retention
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.checkpoint.save import Checkpoint, Written, discard, publish, write
 from dsv2_train.distributed.sharding import Piece
@@ -39,11 +40,15 @@ class BackgroundSave:
         ranks: all ranks of the run.
         checkpoint: begun.
         pieces: what this rank writes; must not change until the end.
+        retention: which checkpoints are kept when this one is complete.
     """
 
-    def __init__(self, ranks: Ranks, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
+    def __init__(
+        self, ranks: Ranks, checkpoint: Checkpoint, pieces: Sequence[Piece], retention: Retention
+    ) -> None:
         self.step = checkpoint.state.step
         self._checkpoint = checkpoint
+        self._retention = retention
         self._ranks = ranks
         self._start_s = time.perf_counter()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -83,7 +88,7 @@ class BackgroundSave:
         return Finished(path, self.step, time.perf_counter() - self._start_s)
 
     def _start_publishing(self, written: list[Written]) -> None:
-        self._publishing = self._thread.submit(publish, self._checkpoint, written)
+        self._publishing = self._thread.submit(publish, self._checkpoint, written, self._retention)
 
     def _published(self) -> Path:
         assert self._publishing is not None

@@ -8,7 +8,9 @@ from torch import distributed as dist
 
 from dsv2_train.checkpoint.background import BackgroundSave, Finished
 from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.retention import KEEP_ALL, Retention
 from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.checkpoint.initialize import initialize
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.checkpoint.restore import restore
 from dsv2_train.checkpoint.save import begin, save
@@ -19,12 +21,18 @@ from dsv2_train.distributed.sharding import Piece
 class CheckpointManager:
     """Saves and restores the state of a run, below one folder that all ranks share.
 
+    Attributes:
+        folder: the run's checkpoint folder.
+        every_steps: a checkpoint is due every so many steps.
+        passed_over: what was wrong with newer checkpoints than the one that was restored.
+
     Args:
         folder: the run's checkpoint folder; made by the first save.
         every_steps: a checkpoint is due every so many steps.
         group: process group of all ranks, able to carry objects and host tensors; None for the
             default group, or for one process where none is initialized.
         staging: host memory for what `begin` saves; None if that is to write before it returns.
+        retention: which checkpoints are kept when another one is complete.
     """
 
     def __init__(
@@ -33,12 +41,15 @@ class CheckpointManager:
         every_steps: int,
         group: dist.ProcessGroup | None = None,
         staging: Staging | None = None,
+        retention: Retention = KEEP_ALL,
     ) -> None:
         self.folder = folder
         self.every_steps = every_steps
         self._ranks = Ranks(group)
         self._staging = staging
+        self._retention = retention
         self._under_way: BackgroundSave | None = None
+        self.passed_over: tuple[str, ...] = ()
 
     @property
     def under_way(self) -> int | None:
@@ -76,7 +87,7 @@ class CheckpointManager:
         """
         self.wait()
         with self._naming(state.step):
-            return save(self._ranks, self.folder, state, pieces, config_yaml)
+            return save(self._ranks, self.folder, state, pieces, config_yaml, self._retention)
 
     def begin(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> None:
         """Save what the pieces hold now, and return when it is copied: `poll` tells of the rest.
@@ -103,7 +114,7 @@ class CheckpointManager:
             checkpoint = begin(self._ranks, self.folder, state, pieces, config_yaml)
         if checkpoint is not None:
             staged = self._staging.copy(pieces)
-            self._under_way = BackgroundSave(self._ranks, checkpoint, staged)
+            self._under_way = BackgroundSave(self._ranks, checkpoint, staged, self._retention)
 
     def poll(self) -> Finished | None:
         """Between two steps: hear of the checkpoint that is under way, without waiting for it.
@@ -143,7 +154,11 @@ class CheckpointManager:
             ) from error
 
     def restore(self, pieces: Sequence[Piece]) -> TrainState | None:
-        """Fill pieces from the newest complete checkpoint and verify what arrived.
+        """Fill pieces from the newest checkpoint that is as it was written.
+
+        Each newer one that is damaged, or was not written to the end, is told of on the first
+        rank's standard error and in `passed_over`, and renamed, so that its step can be written
+        again.
 
         The pieces may be cut differently from how they were written. Several ranks may ask for the
         same range, but not for ranges that overlap in part.
@@ -152,14 +167,38 @@ class CheckpointManager:
             pieces: over all ranks, every element of every tensor of the checkpoint.
 
         Returns:
-            The clock, or None where there is no complete checkpoint.
+            The clock, or None where no checkpoint was ever completed.
 
         Raises:
-            CheckpointError: on every rank: for tensors that are missing, unexpected or of another
-                shape or dtype (all are listed), and for damage (tensors and files are named).
-                Then the pieces hold nothing of use.
+            DamagedError: on every rank, if all complete checkpoints are damaged (tensors and files
+                are named); nothing is renamed. Then the pieces hold nothing of use.
+            CheckpointError: on every rank, if the newest intact one is of another model (tensors
+                that are missing, unexpected or of another shape or dtype are listed) or of another
+                format version.
 
         Note:
             Collective over all ranks. Host memory: 4 MiB beside the pieces.
         """
-        return restore(self._ranks, self.folder, pieces)
+        restored = restore(self._ranks, self.folder, pieces)
+        if restored is None:
+            return None
+        self.passed_over = restored.passed_over
+        return restored.state
+
+    def initialize(self, given: Path, pieces: Sequence[Piece]) -> Path:
+        """Fill pieces with the weights of another checkpoint and verify what arrived.
+
+        Args:
+            given: a checkpoint, a folder of checkpoints, or a run folder.
+            pieces: over all ranks, every element of every weight; of any dtype.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            CheckpointError: on every rank, as `restore`; what is no weight is not looked at.
+
+        Note:
+            Collective over all ranks. Host memory: as much as the largest piece takes as written.
+        """
+        return initialize(self._ranks, given, pieces)

@@ -1,5 +1,6 @@
 """The ranks of a run acting as one: work on each, combine on the first, and fail together."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -7,7 +8,7 @@ from typing import TypeVar, cast
 import torch
 from torch import distributed as dist
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 from dsv2_train.distributed.collectives import all_max
 
 T = TypeVar("T")
@@ -17,6 +18,7 @@ R = TypeVar("R")
 @dataclass(frozen=True)
 class _Failure:
     message: str
+    kind: type[CheckpointError] = CheckpointError
 
 
 class Ranks:
@@ -43,7 +45,8 @@ class Ranks:
             combine: takes the results in order of rank; its result is sent to every rank.
 
         Raises:
-            CheckpointError: on every rank, when the work of any failed.
+            DamagedError: on every rank, when the work of any failed, and always for damage.
+            CheckpointError: on every rank, when it failed otherwise.
 
         Note:
             Collective: one gather and one broadcast of objects.
@@ -56,7 +59,7 @@ class Ranks:
             error = error or combine_error
         outcome = self._broadcast(outcome)
         if isinstance(outcome, _Failure):
-            raise CheckpointError(outcome.message) from error
+            raise outcome.kind(outcome.message) from error
         return cast(R, outcome)
 
     def first(self, work: Callable[[], R]) -> R:
@@ -68,6 +71,12 @@ class Ranks:
         if self._group is None:
             return holds_here
         return not all_max(torch.tensor(int(not holds_here)), self._group).item()
+
+    def tell(self, text: str) -> None:
+        """Write a line to the first rank's standard error; no communication."""
+        if self.rank == 0:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
     def _gather(self, value: T | _Failure) -> list[T | _Failure]:
         if self.size == 1:
@@ -87,17 +96,19 @@ def _attempt(work: Callable[[], T]) -> tuple[T | _Failure, Exception | None]:
     try:
         return work(), None
     except CheckpointError as error:
-        return _Failure(str(error)), error
+        return _Failure(str(error), _kind_of(error)), error
     except Exception as error:  # whatever it is, the other ranks wait to hear of it
         return _Failure(f"{type(error).__name__}: {error}"), error
 
 
+def _kind_of(error: CheckpointError) -> type[CheckpointError]:
+    return DamagedError if isinstance(error, DamagedError) else CheckpointError
+
+
 def _successes(results: list[T | _Failure]) -> list[T]:
-    failures = [
-        f"rank {rank}: {result.message}"
-        for rank, result in enumerate(results)
-        if isinstance(result, _Failure)
-    ]
+    failures = {rank: one for rank, one in enumerate(results) if isinstance(one, _Failure)}
     if failures:
-        raise CheckpointError("\n".join(failures))
+        all_damage = all(one.kind is DamagedError for one in failures.values())
+        kind = DamagedError if all_damage else CheckpointError
+        raise kind("\n".join(f"rank {rank}: {one.message}" for rank, one in failures.items()))
     return cast(list[T], results)

@@ -1,22 +1,43 @@
-"""Fill a run's tensors from its newest checkpoint, and verify what arrived."""
+"""Fill a run's tensors from the newest checkpoint that is as it was written."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dsv2_train.checkpoint.dcp.coverage import Range, by_key, coverage_problems, listing, ranges_of
+from dsv2_train.checkpoint.dcp.headers import files_with_other_headers
 from dsv2_train.checkpoint.dcp.read import read_pieces
 from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.checksum import add_checksums
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.distributed.sharding import Piece
 
+_NONE_LEFT = (
+    "nothing was changed; bring one back from a copy, or train anew under another run.name. If "
+    "every one is damaged: is this folder on a file system that all ranks share?"
+)
 
-def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> TrainState | None:
-    """Fill pieces from the newest complete checkpoint; see `CheckpointManager.restore`.
+
+@dataclass(frozen=True)
+class Restored:
+    """Where a run goes on.
+
+    Attributes:
+        state: the clock.
+        passed_over: what is wrong with each newer checkpoint, and where it is now; newest first.
+    """
+
+    state: TrainState
+    passed_over: tuple[str, ...]
+
+
+def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> Restored | None:
+    """Fill pieces from the newest intact checkpoint; see `CheckpointManager.restore`.
 
     Args:
         ranks: all ranks of the run.
@@ -24,34 +45,75 @@ def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> TrainState |
         pieces: over all ranks, every element of every tensor of the checkpoint.
 
     Returns:
-        The clock, or None where there is no complete checkpoint.
+        The clock, or None where no checkpoint was ever completed.
 
     Raises:
-        CheckpointError: on every rank, for differences and for damage.
+        DamagedError: on every rank, if there are complete checkpoints and all are damaged.
+        CheckpointError: on every rank, for differences from this run.
 
     Note:
         Collective over all ranks.
     """
-    found = ranks.first(lambda: _open_newest(folder))
-    if found is None:
-        return None
-    path, manifest, state = found
-    ranks.reduce(lambda: ranges_of(pieces), lambda ranges: _compare(manifest, ranges))
+    paths = ranks.first(lambda: layout.step_folders(folder))
+    passed_over: dict[Path, str] = {}
+    for path in reversed(paths):
+        try:
+            state = _restore_from(ranks, path, pieces)
+        except DamagedError as error:
+            ranks.tell(f"CHECKPOINT PASSED OVER  {error}")
+            passed_over[path] = str(error)
+        else:
+            aside = partial(_set_aside, passed_over, path)
+            return Restored(state, ranks.first(aside))
+    if ranks.first(lambda: layout.complete_checkpoints(folder)):
+        heading = f"{folder}: no checkpoint of this run is intact:"
+        raise DamagedError("\n".join([heading, *passed_over.values(), _NONE_LEFT]))
+    return None
 
-    def load() -> list[tuple[Range, int]]:
+
+def _set_aside(passed_over: Mapping[Path, str], used: Path) -> tuple[str, ...]:
+    """Make room for the same steps to be written again."""
+    return tuple(
+        f"{text}\nthe run goes on from {used} instead; the other is kept as "
+        f"{folders.set_aside(path).name}"
+        for path, text in passed_over.items()
+    )
+
+
+def _restore_from(ranks: Ranks, path: Path, pieces: Sequence[Piece]) -> TrainState:
+    manifest, state = ranks.first(lambda: folders.open_verified(path))
+    ranks.reduce(lambda: ranges_of(pieces), lambda ranges: compare(manifest, ranges))
+
+    def load() -> Loaded:
+        file_problems = damaged_files(ranks, path, manifest)
         checksums = read_pieces(path, manifest, pieces)
-        return list(zip(ranges_of(pieces), checksums, strict=True))
+        return Loaded(list(zip(ranges_of(pieces), checksums, strict=True)), file_problems)
 
-    ranks.reduce(load, lambda loaded: _verify(path, manifest, loaded))
+    ranks.reduce(load, lambda loaded: verify(path, manifest, loaded))
     return state
 
 
-def _open_newest(folder: Path) -> tuple[Path, Manifest, TrainState] | None:
-    path = layout.latest_complete(folder)
-    return None if path is None else (path, *folders.open_verified(path))
+@dataclass(frozen=True)
+class Loaded:
+    """What one rank read: checksums of its ranges, and what is wrong with its share of files."""
+
+    checksums: list[tuple[Range, int]]
+    file_problems: list[str]
 
 
-def _compare(manifest: Manifest, ranges: Sequence[Sequence[Range]]) -> None:
+def damaged_files(ranks: Ranks, path: Path, manifest: Manifest) -> list[str]:
+    """What is wrong beside the tensors with the data files that this rank looks at; local."""
+    data_files = sorted(filter(folders.is_data, manifest.files))
+    suspects = files_with_other_headers(path, manifest, data_files[ranks.rank :: ranks.size])
+    return folders.crc_problems(path, manifest, suspects)
+
+
+def compare(manifest: Manifest, ranges: Sequence[Sequence[Range]]) -> None:
+    """See that the ranges of all ranks are the tensors of a checkpoint.
+
+    Raises:
+        CheckpointError: with everything that differs.
+    """
     wanted = by_key({part for of_rank in ranges for part in of_rank})
     problems = [f"{key}: in the checkpoint only" for key in manifest.tensors.keys() - wanted.keys()]
     for key, parts in wanted.items():
@@ -70,20 +132,33 @@ def _compare(manifest: Manifest, ranges: Sequence[Sequence[Range]]) -> None:
         )
 
 
-def _verify(path: Path, manifest: Manifest, loaded: Sequence[Sequence[tuple[Range, int]]]) -> None:
+def verify(path: Path, manifest: Manifest, loaded: Sequence[Loaded]) -> None:
+    """See that what all ranks have loaded is what was written.
+
+    Args:
+        path: the checkpoint.
+        manifest: its manifest.
+        loaded: by every rank.
+
+    Raises:
+        DamagedError: with the tensors and files that are damaged.
+    """
     held: dict[str, set[tuple[Range, int]]] = {}
     for of_rank in loaded:
-        for part, checksum in of_rank:
+        for part, checksum in of_rank.checksums:
             held.setdefault(part.key, set()).add((part, checksum))
     damaged = [
         key
         for key, parts in held.items()
         if add_checksums(checksum for _, checksum in parts) != manifest.tensors[key].checksum
     ]
+    names = {chunk.file for key in damaged for chunk in manifest.tensors[key].chunks}
+    problems = {line for of_rank in loaded for line in of_rank.file_problems}
+    problems |= set(folders.crc_problems(path, manifest, sorted(names)))
+    if not damaged and not problems:
+        return
+    lines = [f"{path}: damaged files:", *sorted(problems)]
     if damaged:
-        names = {chunk.file for key in damaged for chunk in manifest.tensors[key].chunks}
-        problems = [f"{key}: its checksum is not the manifest's" for key in sorted(damaged)]
-        files = folders.crc_problems(path, manifest, sorted(names))
-        raise CheckpointError(
-            "\n".join([f"{path}: {listing('damaged tensors', problems)}", "in:", *files])
-        )
+        tensors = [f"{key}: its checksum is not the manifest's" for key in sorted(damaged)]
+        lines = [f"{path}: {listing('damaged tensors', tensors)}", "in:", *sorted(problems)]
+    raise DamagedError("\n".join(lines))

@@ -1,18 +1,19 @@
 """Write a run's state so that it is there entirely or not at all."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.checkpoint.dcp.coverage import Range, check_coverage, ranges_of
-from dsv2_train.checkpoint.dcp.metadata import metadata_bytes
+from dsv2_train.checkpoint.dcp.metadata import metadata_bytes, tensor_entries
 from dsv2_train.checkpoint.dcp.write import WrittenPiece, write_pieces
 from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.checksum import add_checksums
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.disk.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from dsv2_train.checkpoint.disk.manifest import FileEntry, Manifest
+from dsv2_train.checkpoint.disk.retention import Retention, prune
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.distributed.sharding import Piece
@@ -43,7 +44,12 @@ class Written:
 
 
 def save(
-    ranks: Ranks, folder: Path, state: TrainState, pieces: Sequence[Piece], config_yaml: str
+    ranks: Ranks,
+    folder: Path,
+    state: TrainState,
+    pieces: Sequence[Piece],
+    config_yaml: str,
+    retention: Retention,
 ) -> Path:
     """Write a checkpoint; see `CheckpointManager.save`.
 
@@ -53,6 +59,7 @@ def save(
         state: the clock, equal on all ranks.
         pieces: what this rank owns.
         config_yaml: the resolved config.
+        retention: which checkpoints are kept when this one is complete.
 
     Raises:
         CheckpointError: on every rank, when pieces leave a gap or overlap, and when a file cannot
@@ -67,7 +74,7 @@ def save(
     try:
         return ranks.reduce(
             lambda: write(checkpoint, ranks.rank, pieces),
-            lambda written: publish(checkpoint, written),
+            lambda written: publish(checkpoint, written, retention),
         )
     except CheckpointError:
         discard(ranks, checkpoint)
@@ -103,41 +110,31 @@ def write(checkpoint: Checkpoint, rank: int, pieces: Sequence[Piece]) -> Written
     return Written(file, entry, list(zip(ranges_of(pieces), places, strict=True)))
 
 
-def publish(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
-    """Make the checkpoint of what all ranks wrote; on the first rank, without communication."""
+def publish(checkpoint: Checkpoint, written: Sequence[Written], retention: Retention) -> Path:
+    """Make the checkpoint of what all ranks wrote, and remove older ones that are not kept.
+
+    One that cannot be removed is told of on standard error: the new checkpoint is complete.
+
+    Note:
+        On the first rank, without communication.
+    """
+    places = [(rank.file, *place) for rank in written for place in rank.places]
     contents = {
-        layout.METADATA: metadata_bytes(
-            (rank.file, *place) for rank in written for place in rank.places
-        ),
+        layout.METADATA: metadata_bytes(places),
         layout.CONFIG: checkpoint.config_yaml.encode(),
         layout.STATE: checkpoint.state.to_json().encode(),
     }
-    manifest = _manifest(checkpoint.state.step, written)
-    return folders.publish(checkpoint.temporary, manifest, contents)
+    files = {rank.file: rank.entry for rank in written}
+    manifest = Manifest(checkpoint.state.step, tensor_entries(places), files)
+    path = folders.publish(checkpoint.temporary, manifest, contents)
+    try:
+        prune(path.parent, retention)
+    except OSError as error:
+        sys.stderr.write(f"{path} is complete, but an older one could not be removed: {error}\n")
+    return path
 
 
 def discard(ranks: Ranks, checkpoint: Checkpoint) -> None:
     """Free what a failed save took; no rank may be writing. No communication, raises nothing."""
     if ranks.rank == 0:
         shutil.rmtree(checkpoint.temporary, ignore_errors=True)
-
-
-def _manifest(step: int, written: Sequence[Written]) -> Manifest:
-    parts = [(part, rank.file, place) for rank in written for part, place in rank.places]
-    of_key: dict[str, list[tuple[Range, str, WrittenPiece]]] = {}
-    for item in sorted(parts, key=lambda item: (item[0].key, item[0].offset)):
-        of_key.setdefault(item[0].key, []).append(item)
-    tensors = {
-        key: TensorEntry(
-            shape=items[0][0].shape,
-            dtype=items[0][0].dtype,
-            checksum=add_checksums(place.checksum for _, _, place in items),
-            chunks=tuple(
-                Chunk(part.offset, part.numel, file, place.byte_offset)
-                for part, file, place in items
-                if part.numel
-            ),
-        )
-        for key, items in of_key.items()
-    }
-    return Manifest(step, tensors, {rank.file: rank.entry for rank in written})

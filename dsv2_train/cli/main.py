@@ -17,8 +17,12 @@ VERBS = {
     "train": "one rank of a run; launch/local.sh starts them all",
     "export": "a checkpoint becomes a Hugging Face folder",
     "import": "a Hugging Face folder becomes a checkpoint of weights",
+    "checkpoint ls": "the checkpoints of a run",
+    "checkpoint verify": "is every byte as it was written?",
+    "checkpoint prune": "remove those that are not to be kept",
+    "checkpoint diff": "what differs between two: config, clock, tensors",
 }
-# A verb's module has its name, unless it is told here.
+# A verb's module has its words for a name, unless it is told here.
 _MODULES = {"export": "hf.export_verb", "import": "hf.import_verb"}
 
 EXIT_FAILED = 1
@@ -36,10 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         otherwise.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    verb, rest = words[:1], words[1:]
-    if not verb or verb[0] not in VERBS:
-        _top_level_parser().parse_args(verb or ["--help"])
-    return report_errors(lambda: _run_verb(verb[0], rest))
+    verb = _verb_of(words)
+    return report_errors(lambda: _run_verb(verb, words[len(verb.split()) :]))
 
 
 def report_errors(run: Callable[[], int]) -> int:
@@ -61,8 +63,21 @@ def report_errors(run: Callable[[], int]) -> int:
         return EXIT_FAILED
 
 
+def _verb_of(words: list[str]) -> str:
+    """The verb that words begin with; without one, help or a refusal ends the program."""
+    for verb in VERBS:
+        if words[: len(verb.split())] == verb.split():
+            return verb
+    parser = _top_level_parser()
+    if not words or {"-h", "--help"} & set(words):
+        parser.print_help()
+        parser.exit()
+    parser.error(f"found {' '.join(words[:2])!r}; must begin with one of {', '.join(VERBS)}")
+
+
 def _run_verb(verb: str, rest: list[str]) -> int:
-    module = importlib.import_module(f"dsv2_train.cli.{_MODULES.get(verb, verb)}")
+    name = _MODULES.get(verb, verb.replace(" ", "."))
+    module = importlib.import_module(f"dsv2_train.cli.{name}")
     parser = argparse.ArgumentParser(prog=f"dsv2 {verb}", description=VERBS[verb])
     module.add_arguments(parser)
     status: int = module.run(parser.parse_intermixed_args(rest))
@@ -70,14 +85,14 @@ def _run_verb(verb: str, rest: list[str]) -> int:
 
 
 def _top_level_parser() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:<18} {text}" for verb, text in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="dsv2",
         description="Pretrain DeepSeek-V2-style models on megatron-core.",
         epilog=f"verbs (dsv2 VERB --help tells more):\n{verbs}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=sorted(VERBS), metavar="VERB", help="what to do")
+    parser.add_argument("verb", metavar="VERB", help="what to do")
     return parser
 
 

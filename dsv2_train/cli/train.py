@@ -71,10 +71,10 @@ def _headline(run: Run) -> str:
 def _next_commands(run: Run, command: str) -> list[tuple[str, str]]:
     """What a user can do next, from the line that started this run; only what would be accepted."""
     steps = run.schedule.last_step(run.clock)
-    resume = ("resume", command)
+    what, line = "resume", command
     if run.is_done:
-        resume = ("train longer", f"{command} recipe.num_steps={2 * steps}")
-    return [resume, *_another_layout(run.config, command), *_on_one_gpu(run)]
+        what, line = "train longer", f"{command} recipe.num_steps={2 * steps}"
+    return [(what, line), *_another_layout(run.config, line), *_on_one_gpu(run)]
 
 
 def _another_layout(config: RunConfig, command: str) -> Iterator[tuple[str, str]]:
@@ -83,7 +83,7 @@ def _another_layout(config: RunConfig, command: str) -> Iterator[tuple[str, str]
     if other.parallel == config.parallel or cross_check(other):
         return
     keys = " ".join(f"parallel.{key}={size}" for key, size in layout.items())
-    yield "another layout", f"{command} run.name={config.run.name}_layout {keys}"
+    yield "in another layout", f"{command} {keys}"
 
 
 def _on_one_gpu(run: Run) -> Iterator[tuple[str, str]]:

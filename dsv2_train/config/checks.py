@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from dsv2_train.config.batch_checks import BATCH_CHECKS
+from dsv2_train.config.monitor_checks import MONITOR_CHECKS
 from dsv2_train.config.pipeline_checks import PIPELINE_CHECKS
 from dsv2_train.config.problems import Check, Problem, passing_over_absent, value_at
 from dsv2_train.config.run import RunConfig
@@ -76,23 +77,6 @@ def _dense_layers(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.num_dense_layers", dense, allowed)
 
 
-def _whole_profile_window(config: RunConfig) -> Iterator[Problem]:
-    first, last = config.monitor.profile.torch_first_step, config.monitor.profile.torch_last_step
-    if (first is None) != (last is None):
-        allowed = "must be set together with monitor.profile.torch_first_step, or neither"
-        yield Problem("monitor.profile.torch_last_step", last, allowed)
-    elif first is not None and last is not None and last < first:
-        allowed = f"must be at least monitor.profile.torch_first_step = {first}"
-        yield Problem("monitor.profile.torch_last_step", last, allowed)
-
-
-def _profiled_ranks(config: RunConfig) -> Iterator[Problem]:
-    ranks, size = config.monitor.profile.torch_ranks, config.parallel.world_size
-    if any(rank >= size for rank in ranks):
-        allowed = f"must be below parallel.world_size = {size}"
-        yield Problem("monitor.profile.torch_ranks", list(ranks), allowed)
-
-
 def _recomputed_once(config: RunConfig) -> Iterator[Problem]:
     names = config.parallel.recompute
     if len(set(names)) != len(names):
@@ -104,6 +88,20 @@ def _recompute_has_mixtures(config: RunConfig) -> Iterator[Problem]:
     if "moe" in names and model.num_dense_layers >= model.num_layers:
         allowed = "must not have moe: all layers are dense (model.num_dense_layers)"
         yield Problem("parallel.recompute", list(names), allowed)
+
+
+def _only_overlapped_gradients_have_buckets(config: RunConfig) -> Iterator[Problem]:
+    size, overlaps = config.parallel.bucket_size, config.parallel.overlap_grad_reduce
+    if size is not None and not overlaps:
+        allowed = "must be null with parallel.overlap_grad_reduce=false: one reduction, one bucket"
+        yield Problem("parallel.bucket_size", size, allowed)
+
+
+def _only_a_pruned_run_has_exceptions(config: RunConfig) -> Iterator[Problem]:
+    every, last = config.checkpoint.keep_every_steps, config.checkpoint.keep_last
+    if every is not None and last is None:
+        allowed = "must be null with checkpoint.keep_last=null: all are kept"
+        yield Problem("checkpoint.keep_every_steps", every, allowed)
 
 
 def _deepep_has_peers(config: RunConfig) -> Iterator[Problem]:
@@ -128,10 +126,11 @@ _CHECKS: tuple[Check, ...] = (
     _expert_parallel,
     _only_device_dedup("recipe.capacity_factor", None, "null"),
     _only_device_dedup("parallel.overlap_shared_experts", False, "false"),
+    _only_overlapped_gradients_have_buckets,
     _deepep_has_peers,
     _deepep_has_bf16,
-    _whole_profile_window,
-    _profiled_ranks,
+    *MONITOR_CHECKS,
+    _only_a_pruned_run_has_exceptions,
     _recomputed_once,
     _recompute_has_mixtures,
     _rope,

@@ -38,13 +38,6 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
         yield Problem(refusal.path, refusal.found, refusal.allowed)
 
 
-def _linears_put_off(config: RunConfig) -> Iterator[Problem]:
-    linear, schedule = config.parallel.linear, config.parallel.schedule
-    if linear == "te" and TRAITS[schedule].splits_backward:
-        allowed = f"must be torch or auto with parallel.schedule={schedule}: W would be empty"
-        yield Problem("parallel.linear", linear, allowed)
-
-
 def _only_a_search_has_room(config: RunConfig) -> Iterator[Problem]:
     room, schedule = config.parallel.max_activations, config.parallel.schedule
     if room is not None and not TRAITS[schedule].is_searched:
@@ -130,7 +123,7 @@ def _problems(config: RunConfig) -> list[Problem]:
 
 
 _OF_THE_SPLIT: tuple[Check, ...] = (_split_has_every_chunk, _split_has_every_layer)
-_OF_THE_LAYOUT: tuple[Check, ...] = (_world, _linears_put_off, _only_a_search_has_room)
+_OF_THE_LAYOUT: tuple[Check, ...] = (_world, _only_a_search_has_room)
 _OTHERS: tuple[Check, ...] = (*_OF_THE_LAYOUT, _layers_divide, *_OF_THE_SPLIT, *BATCH_CHECKS)
 PIPELINE_CHECKS: tuple[Check, ...] = (
     *_OF_THE_LAYOUT,

@@ -38,6 +38,21 @@ class Placement:
         """Positions in the model of all chunks of a stage, by chunk."""
         return tuple(self.virtual_stage(stage, chunk) for chunk in range(self.num_chunks))
 
+    def neighbour(self, stage: int, chunk: int, distance: int) -> tuple[int, int] | None:
+        """Stage and chunk so many virtual stages on, or back; None beyond the model's ends."""
+        virtual_stage = self.virtual_stage(stage, chunk) + distance
+        if not 0 <= virtual_stage < self.num_virtual_stages:
+            return None
+        return self.stage_and_chunk(virtual_stage)
+
+    def is_first(self, stage: int, chunk: int) -> bool:
+        """Whether a chunk of a stage has the embedding."""
+        return self.virtual_stage(stage, chunk) == 0
+
+    def is_last(self, stage: int, chunk: int) -> bool:
+        """Whether a chunk of a stage has the head."""
+        return self.virtual_stage(stage, chunk) == self.num_virtual_stages - 1
+
     def stage_and_chunk(self, virtual_stage: int) -> tuple[int, int]:
         """The stage that holds a virtual stage, and the chunk that it is there."""
         chunk, stage = divmod(virtual_stage, self.num_stages)

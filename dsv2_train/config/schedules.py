@@ -16,20 +16,18 @@ class Traits:
         least_chunks: on each stage.
         most_chunks: on each stage; None: any number.
         shape_of_two: how two chunks lie (`config.placement.Placement`); other numbers are a loop.
-        splits_backward: whether weight gradients (W) are apart from input gradients (B).
         is_searched: whether it is made for durations and room; otherwise its order is a formula.
     """
 
     least_chunks: int
     most_chunks: int | None
     shape_of_two: Literal["loop", "v"] = "loop"
-    splits_backward: bool = True
     is_searched: bool = False
 
 
 TRAITS: Mapping[str, Traits] = {
-    "1f1b": Traits(1, 1, splits_backward=False),
-    "interleaved": Traits(2, None, splits_backward=False),
+    "1f1b": Traits(1, 1),
+    "interleaved": Traits(2, None),
     "zb_h1": Traits(1, 1),
     "zb_v": Traits(2, 2, shape_of_two="v"),
     "interleaved_zb": Traits(2, None),

@@ -1,17 +1,15 @@
 """What megatron-core 0.16.1 takes from CUDA, answered on a machine without CUDA.
 
 Every answer is one function that names the megatron-core symbols it serves. With all of them
-installed, the process groups, the schedules, the all-to-all dispatcher and DistributedDataParallel
+installed, the process groups, the all-to-all dispatcher and DistributedDataParallel
 run unchanged on CPU ranks over gloo.
 """
 
 import contextlib
 import logging
 from collections.abc import Callable
-from types import FunctionType
 
 import torch
-from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -69,15 +67,6 @@ def answer_random_state() -> None:
     logging.getLogger(random.__name__).addFilter(_moves_elsewhere)
 
 
-def answer_device_literals() -> None:
-    """`device="cuda"` in the token counts of two schedules, which ours is compared with."""
-    rewrite_constants(
-        {"cuda": "cpu"},
-        schedules.forward_backward_no_pipelining,
-        schedules.forward_backward_pipelining_without_interleaving,
-    )
-
-
 def answer_split_sizes() -> None:
     """`token_dispatcher.maybe_move_tensor_to_cpu`: the all-to-all takes its sizes as host values.
 
@@ -98,37 +87,10 @@ def answer_undefined_names() -> None:
         _replace(multi_latent_attention, HAVE_TE=False)
 
 
-def rewrite_constants(new: dict[str, str], *functions: FunctionType) -> None:
-    """Exchange string constants in compiled functions, in place.
-
-    Args:
-        new: what takes the place of which constant, in tuples too.
-        functions: what to change; every caller sees it.
-
-    Raises:
-        LookupError: for a function that has none of them any more.
-    """
-
-    def exchange(constant: object) -> object:
-        if isinstance(constant, tuple):
-            return tuple(exchange(item) for item in constant)
-        return new.get(constant, constant) if isinstance(constant, str) else constant
-
-    for function in functions:
-        constants = exchange(function.__code__.co_consts)
-        assert isinstance(constants, tuple)
-        if constants == function.__code__.co_consts:
-            raise LookupError(
-                f"{function.__qualname__}: none of {list(new)} in it; drop its answer"
-            )
-        function.__code__ = function.__code__.replace(co_consts=constants)
-
-
 ANSWERS: tuple[Callable[[], None], ...] = (
     answer_current_device,
     answer_streams,
     answer_random_state,
-    answer_device_literals,
     answer_split_sizes,
 )
 

@@ -7,10 +7,13 @@ back would wait for each other.
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Lanes:
@@ -41,17 +44,31 @@ class Lanes:
         assert work is not None
         return work
 
-    def connect(self, device: torch.device) -> None:
+    def gathered(self, value: T) -> list[T]:
+        """An object of every stage, by stage. Collective over the ranks of the pipeline."""
+        everyone: list[T | None] = [None] * self.num_stages
+        dist.all_gather_object(everyone, value, group=self.hosts)
+        return cast(list[T], everyone)
+
+    def connect(self, device: torch.device, *, is_ring: bool) -> None:
         """Use every lane between neighbours once, in one order on all ranks.
 
         A communicator is made at its first use, which both ranks wait in.
+
+        Args:
+            device: of the tensors that are sent.
+            is_ring: the last stage and the first one are neighbours.
 
         Note:
             Collective over the ranks of the pipeline.
         """
         token = torch.zeros(1, device=device)
-        for source in range(self.num_stages):
-            for target in sorted({(source + 1) % self.num_stages, (source - 1) % self.num_stages}):
+        count = self.num_stages
+        for source in range(count):
+            targets = {source + 1, source - 1} - {-1, count}
+            if is_ring:
+                targets = {(source + 1) % count, (source - 1) % count}
+            for target in sorted(targets):
                 if self.stage == source:
                     self.send(token, target).wait()
                 elif self.stage == target:
@@ -62,7 +79,7 @@ class Lanes:
 
 
 def build_lanes(
-    pipelines: Sequence[Sequence[int]], timeout_s: float, device: torch.device
+    pipelines: Sequence[Sequence[int]], timeout_s: float, device: torch.device, *, is_ring: bool
 ) -> Lanes:
     """Make and connect the lanes of this rank's pipeline.
 
@@ -70,6 +87,7 @@ def build_lanes(
         pipelines: ranks of every pipeline of the run in the order of stages, at least two each.
         timeout_s: how long a message may wait for its peer.
         device: of the tensors that are sent.
+        is_ring: the last stage sends to the first one: chunks in a loop, more than one a stage.
 
     Note:
         Collective over all ranks.
@@ -80,5 +98,5 @@ def build_lanes(
         for each in (backend, backend, dist.Backend.GLOO)
     )
     lanes = Lanes(ahead, back, hosts)
-    lanes.connect(device)
+    lanes.connect(device, is_ring=is_ring)
     return lanes

@@ -1,4 +1,4 @@
-"""The chunk of the model that one rank holds."""
+"""One of the chunks of the model that a rank holds."""
 
 from functools import partial
 from math import isclose
@@ -16,7 +16,7 @@ from dsv2_train.model.gpt import DeepSeekV2Model, OutputHead
 from dsv2_train.model.implementation import Choice
 from dsv2_train.model.initialize import initialize
 from dsv2_train.model.layer_spec import block_spec
-from dsv2_train.model.modules.linears import replace_linears
+from dsv2_train.model.modules.linears import replace_linears, take_weight_gradients
 from dsv2_train.model.transformer_config import ChunkLayout, build_transformer_config
 from dsv2_train.recipe.parameters import chunk_layer_ranges
 from dsv2_train.recipe.yarn import frequency_ratios, rotary_scale, softmax_scale
@@ -41,9 +41,9 @@ def build_model(
     Returns:
         The chunk, with every parameter tagged by its `GlobalTensor`. No communication.
     """
-    place = config.parallel.placement
-    virtual_stage = place.virtual_stage(groups.pp.rank(), chunk)
-    layers = chunk_layer_ranges(config.parallel.split(config.model.num_layers))[virtual_stage]
+    place, stage = config.parallel.placement, groups.pp.rank()
+    ranges = chunk_layer_ranges(config.parallel.split(config.model.num_layers))
+    layers = ranges[place.virtual_stage(stage, chunk)]
     transformer = build_transformer_config(config.model, config.parallel, config.recipe)
     transformer.pipeline_model_parallel_layout = ChunkLayout(layers)
     transformer.use_cpu_initialization = device.type != "cuda"
@@ -53,12 +53,14 @@ def build_model(
             transformer_layer_spec=block_spec(config.model, choices, layers, groups),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.recipe.sequence_length,
-            pre_process=virtual_stage == 0,
-            post_process=virtual_stage == place.num_virtual_stages - 1,
+            pre_process=place.is_first(stage, chunk),
+            post_process=place.is_last(stage, chunk),
             position_embedding_type="none",
             pg_collection=groups,
         )
     replace_linears(model)
+    if choices["linear"].implementation == "transformer_engine":
+        take_weight_gradients(model)
     if model.post_process:
         model.output_layer = OutputHead(model.output_layer.weight)
     tag_parameters(model, layers.start, groups.ep.rank(), groups.ep.size())

@@ -7,7 +7,6 @@ import torch
 
 from dsv2_train.config.packages import PACKAGES
 from dsv2_train.config.problems import ConfigError, Problem
-from dsv2_train.config.schedules import TRAITS
 from dsv2_train.config.sections.parallel import ParallelConfig
 
 
@@ -61,16 +60,6 @@ def _torch_or_te(torch_name: str) -> Resolve:
     return resolve
 
 
-def _linear(
-    op: str, asked: str, parallel: ParallelConfig, device: torch.device
-) -> Choice | Problem:
-    choice = _torch_or_te("torch")(op, asked, parallel, device)
-    by_te = isinstance(choice, Choice) and choice.implementation == "transformer_engine"
-    if asked == "auto" and by_te and TRAITS[parallel.schedule].splits_backward:
-        return Choice(op, "torch", f"its weight gradients can wait, as {parallel.schedule} wants")
-    return choice
-
-
 def _attention(
     op: str, asked: str, parallel: ParallelConfig, device: torch.device
 ) -> Choice | Problem:
@@ -114,7 +103,7 @@ def _why_no_te(device: torch.device) -> str | None:
 
 
 _RULES: dict[str, Resolve] = {
-    "linear": _linear,
+    "linear": _torch_or_te("torch"),
     "norm": _torch_or_te("torch"),
     "attention": _attention,
     "experts": _experts,

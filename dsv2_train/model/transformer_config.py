@@ -90,6 +90,7 @@ def build_transformer_config(
         attention_dropout=0.0,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        disable_parameter_transpose_cache=True,  # or TE linears overwrite `main_grad` once
         perform_initialization=False,
         init_method=leave_uninitialized,
         output_layer_init_method=leave_uninitialized,

@@ -56,19 +56,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.sub(total.log(), picked, out=loss)
             # d loss / d logits = softmax - onehot(label) = (exp(logits) - sum onehot(label)) / sum.
             blocks.append(logits.scatter_add_(1, label, -total))
-        ctx.save_for_backward(x, weight, sums, *blocks)
+        ctx.save_for_backward(x, sums, *blocks)
+        ctx.weight = weight
         return losses.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, sums, *blocks = ctx.saved_tensors
+        x, sums, *blocks = ctx.saved_tensors
         share = (grad_losses.unsqueeze(1) / sums).to(x.dtype)
         grad_x, shared_x = torch.empty_like(x), x * share
         grad_logits = [block.to(x.dtype) for block in blocks]
         for block, (grad_rows,) in zip(grad_logits, _by_rows(grad_x), strict=True):
-            torch.mm(block, weight, out=grad_rows)
+            torch.mm(block, ctx.weight, out=grad_rows)
         pairs = zip(grad_logits, torch.split(shared_x, _ROWS), strict=True)
-        return grad_x.mul_(share), add_products(weight, pairs), None
+        return grad_x.mul_(share), add_products(ctx.weight, pairs), None
 
 
 def _by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -118,14 +118,14 @@ class _GroupedExperts(torch.autograd.Function):
         projected = products.rows_times(x, fc1.mT)
         gate, up = projected.chunk(2, dim=-1)
         activation = torch.nn.functional.silu(gate).mul_(up).mul_(gates)
-        ctx.save_for_backward(x, fc1, fc2, gates, projected)
-        ctx.products = products
+        ctx.save_for_backward(x, gates, projected)
+        ctx.weights, ctx.products = (fc1, fc2), products
         return products.rows_times(activation, fc2.mT)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, fc1, fc2, gates, projected = ctx.saved_tensors
-        products = ctx.products
+        x, gates, projected = ctx.saved_tensors
+        (fc1, fc2), products = ctx.weights, ctx.products
         grad_y = grad_y.contiguous()
         gate, up = projected.chunk(2, dim=-1)
         silu = torch.nn.functional.silu(gate)

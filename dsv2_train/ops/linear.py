@@ -51,12 +51,13 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        ctx.weight = weight
         return torch.nn.functional.linear(x.to(dtype), weight.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         needs_x, needs_weight, _ = ctx.needs_input_grad
         rows = grad_y.reshape(-1, grad_y.size(-1))
         grad_x = (
@@ -74,12 +75,13 @@ class _Linear(torch.autograd.Function):
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
+        ctx.save_for_backward(tokens)
+        ctx.weight = weight
         return torch.nn.functional.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[None, Tensor]:
-        tokens, weight = ctx.saved_tensors
+        (tokens,) = ctx.saved_tensors
 
         def add(gradient: Tensor) -> None:
             rows = grad_x.flatten(0, -2).to(gradient.dtype)
@@ -88,4 +90,4 @@ class _Embedding(torch.autograd.Function):
             else:
                 gradient.index_add_(0, tokens.flatten(), rows)
 
-        return None, add_gradient(weight, add)
+        return None, add_gradient(ctx.weight, add)

@@ -2,7 +2,9 @@
 
 megatron-core's data-parallel wrapper gives each parameter `main_grad`, a view of one contiguous
 gradient buffer, and `grad_added_to_main_grad`. An op that adds its weight gradient to `main_grad`
-itself and sets the flag saves a gradient tensor of the weight's size and a pass over it.
+itself and sets the flag saves a gradient tensor of the weight's size and a pass over it. It keeps
+the weight on `ctx`: in what torch's checkpoint recomputes, `ctx.saved_tensors` are copies without
+these attributes.
 
 A zero-bubble pipeline computes weight gradients apart from the backward pass (W after B):
 
@@ -17,6 +19,7 @@ A zero-bubble pipeline computes weight gradients apart from the backward pass (W
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,16 +31,16 @@ class Deferred:
 
     Attributes:
         weight: whose.
-        compute: adds the gradient to the tensor that it is given.
+        compute: adds the gradient to the weight's `main_grad`.
     """
 
     weight: Tensor
-    compute: Callable[[Tensor], object]
+    compute: Callable[[], object]
 
     @torch.no_grad()
     def add(self) -> None:
         """Compute it and add it to the weight's `main_grad`; to be called once."""
-        self.compute(self.weight.main_grad)  # type: ignore[attr-defined]
+        self.compute()
 
 
 class DeferredGradients:
@@ -62,6 +65,11 @@ class DeferredGradients:
             yield pending
         finally:
             self._pending = None
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether a backward pass collects now."""
+        return self._pending is not None
 
     def put_off(self, gradient: Deferred) -> bool:
         """Keep a gradient for later; False if nothing collects."""
@@ -95,9 +103,9 @@ def add_gradient(weight: Tensor, add: Callable[[Tensor], object]) -> Tensor:
         add(gradient)
         return gradient
     deferred: DeferredGradients | None = getattr(weight, "deferred_gradients", None)
-    if deferred is None or not deferred.put_off(Deferred(weight, add)):
+    if deferred is None or not deferred.put_off(Deferred(weight, partial(add, buffer))):
         add(buffer)
-    return _mark_added(weight)
+    return mark_added(weight)
 
 
 def add_products(weight: Tensor, rows: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -124,7 +132,7 @@ def add_products(weight: Tensor, rows: Iterable[tuple[Tensor, Tensor]]) -> Tenso
     return add_gradient(weight, add)
 
 
-def _mark_added(weight: Tensor) -> Tensor:
+def mark_added(weight: Tensor) -> Tensor:
     """Say that `weight`'s gradient is in its buffer, or will be.
 
     Returns:

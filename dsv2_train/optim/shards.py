@@ -57,20 +57,10 @@ def owned_shards(chunk: DistributedDataParallel, *, on_host: bool) -> list[Shard
 
 def owned_gradients(chunk: DistributedDataParallel) -> list[Tensor]:
     """The gradients of all shards as one [n] fp32 view a bucket; padding in it is zero."""
-    return [buffer.grad_data[ours] for buffer, _, ours in _owned_ranges(chunk)]
+    return [buffer.grad_data[ours] for buffer, _, ours in owned_ranges(chunk)]
 
 
-def _shards(chunk: DistributedDataParallel, on_host: bool) -> Iterator[Shard]:
-    for buffer, bucket, ours in _owned_ranges(chunk):
-        for param in bucket.params_list:
-            start, end, _ = buffer.param_index_map[param]
-            owned = slice(max(start, ours.start), min(end, ours.stop))
-            if owned.start < owned.stop:
-                weight, gradient = buffer.param_data[owned], buffer.grad_data[owned]
-                yield _shard(param, owned.start - start, weight, gradient, on_host)
-
-
-def _owned_ranges(chunk: DistributedDataParallel) -> Iterator[tuple[Any, Any, slice]]:
+def owned_ranges(chunk: DistributedDataParallel) -> Iterator[tuple[Any, Any, slice]]:
     """Every buffer and bucket, and which elements of the buffer are this rank's."""
     for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
         group = buffer.data_parallel_group
@@ -78,6 +68,16 @@ def _owned_ranges(chunk: DistributedDataParallel) -> Iterator[tuple[Any, Any, sl
             size = bucket.grad_data.numel() // group.size()
             first = bucket.offset + group.rank() * size
             yield buffer, bucket, slice(first, first + size)
+
+
+def _shards(chunk: DistributedDataParallel, on_host: bool) -> Iterator[Shard]:
+    for buffer, bucket, ours in owned_ranges(chunk):
+        for param in bucket.params_list:
+            start, end, _ = buffer.param_index_map[param]
+            owned = slice(max(start, ours.start), min(end, ours.stop))
+            if owned.start < owned.stop:
+                weight, gradient = buffer.param_data[owned], buffer.grad_data[owned]
+                yield _shard(param, owned.start - start, weight, gradient, on_host)
 
 
 def _shard(param: Tensor, first: int, weight: Tensor, gradient: Tensor, on_host: bool) -> Shard:

@@ -116,9 +116,23 @@ class ZeroOptimizer:
                 place = shard.place
                 yield Piece(f"{kind}/{place.name}", place.shape, place.offset, data)
 
+    def weights(self) -> Iterator[Piece]:
+        """The weights that this rank updates, to begin with: masters where they have memory.
+
+        Keys: `weight/<name>`, in fp32 where there is a master. Take `after_load` to what is filled
+        in. No communication.
+        """
+        for shard in self._shards:
+            place = shard.place
+            yield Piece(f"weight/{place.name}", place.shape, place.offset, shard.master)
+
     @torch.no_grad()
     def after_load(self) -> None:
-        """Make the whole model what was loaded into `pieces()`. Collective over dp groups."""
+        """Make the whole model what was loaded into `pieces()` or `weights()`.
+
+        Note:
+            Collective over dp groups.
+        """
         self._copy_masters_to_weights()
         self._gather_weights()
 

@@ -7,10 +7,11 @@ from megatron.core.distributed import DistributedDataParallel
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed.lanes import build_lanes
-from dsv2_train.pipeline.executor import Activation, Executor
+from dsv2_train.pipeline.executor import Executor
 from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules.build import build_forward_plan
 from dsv2_train.pipeline.schedules.run_plan import run_plan
+from dsv2_train.pipeline.stage.activation import Hidden
 from dsv2_train.pipeline.stage.gradients import ChunkSync
 from dsv2_train.recipe.rank_map import pipelines
 
@@ -39,12 +40,18 @@ def build_executor(
         return run_plan(config, num_microbatches)
 
     model, parallel = chunks[0].config, config.parallel
-    lanes = build_lanes(pipelines(parallel), timeout_s, device) if parallel.pp > 1 else None
+    placement = parallel.placement
+    is_ring = placement.shape == "loop" and placement.num_chunks > 1
+    lanes = (
+        build_lanes(pipelines(parallel), timeout_s, device, is_ring=is_ring)
+        if parallel.pp > 1
+        else None
+    )
     return Executor(
         chunks,
         [ChunkSync(chunk) for chunk in chunks],
-        parallel.placement,
+        placement,
         lanes,
-        Activation(model.hidden_size, model.pipeline_dtype, device),
+        Hidden(model.hidden_size, model.pipeline_dtype, device),
         plan_of,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dsv2_train.config.placement import Placement
 from dsv2_train.pipeline.plans import Kind
@@ -48,19 +48,6 @@ class Costs:
             (input_grad_s / share,) * count,
             (weight_grad_s / share,) * count,
             communication_s,
-        )
-
-    def scaled(self, factor: float) -> Costs:
-        """All computation this many times as long; communication as it is."""
-
-        def longer(durations_s: tuple[float, ...]) -> tuple[float, ...]:
-            return tuple(factor * duration_s for duration_s in durations_s)
-
-        return replace(
-            self,
-            forward_s=longer(self.forward_s),
-            input_grad_s=longer(self.input_grad_s),
-            weight_grad_s=longer(self.weight_grad_s),
         )
 
     def duration_s(self, kind: Kind, virtual_stage: int) -> float:

@@ -1,40 +1,39 @@
 """Runs a stage's part of any plan, with megatron-core's call signature for schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-import torch.distributed as dist
 from torch import nn
 
 from dsv2_train.config.placement import Placement
 from dsv2_train.distributed.lanes import Lanes
 from dsv2_train.ops.main_grad import DeferredGradients
-from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import Action, with_messages
 from dsv2_train.pipeline.plans import Op, Plan
-from dsv2_train.pipeline.simulate import simulate
-from dsv2_train.pipeline.stage.agreement import StepShape, order_of, require_agreement
-from dsv2_train.pipeline.stage.gradients import ChunkSync
+from dsv2_train.pipeline.simulate import prove
+from dsv2_train.pipeline.stage.activation import Hidden
+from dsv2_train.pipeline.stage.agreement import plan_hash, require_agreement
+from dsv2_train.pipeline.stage.gradients import GradientSync
 from dsv2_train.pipeline.stage.recorder import Recorder
-from dsv2_train.pipeline.stage.step import ForwardStep, Reported, Stage, Step, StepInputs
+from dsv2_train.pipeline.stage.stage import ForwardStep, Reported, Stage, StageStep, Work
 from dsv2_train.pipeline.timeline import Event
 
 
 @dataclass(frozen=True)
-class Activation:
-    """What crosses between stages.
+class Ran:
+    """What a stage has run.
 
     Attributes:
-        hidden_size: width.
-        dtype: of its elements.
-        device: where it lives.
+        plan: of all stages.
+        executed: this stage's ops in the order in which they ran.
+        num_deferred: weight gradients that were put off.
     """
 
-    hidden_size: int
-    dtype: torch.dtype
-    device: torch.device
+    plan: Plan
+    executed: tuple[Op, ...]
+    num_deferred: int
 
 
 class Executor:
@@ -42,44 +41,39 @@ class Executor:
 
     Args:
         chunks: this stage's, by chunk.
-        syncs: of the chunks' gradients and weights; empty for chunks that nobody wrapped.
+        syncs: of the chunks' gradients and weights, by chunk.
         placement: of the chunks of all stages.
         lanes: to the other stages; None for a single stage.
-        activation: what crosses between stages.
-        plan_of: the plan for a number of micro-batches, and whether it is forward only; the same on
+        hidden: what crosses between stages.
+        plan_of: the plan for a number of microbatches, and whether it is forward only; the same on
             every stage. Asked once for each.
 
     Attributes:
-        executed: ops of the last step, in the order in which they ran.
-        num_deferred: weight gradients that were put off in the last step.
-        recorder: notes when each op ran, where there is one.
-        plan: of the last step.
+        last: the last step; None before the first one.
     """
 
     def __init__(
         self,
         chunks: Sequence[nn.Module],
-        syncs: Sequence[ChunkSync],
+        syncs: Sequence[GradientSync],
         placement: Placement,
         lanes: Lanes | None,
-        activation: Activation,
+        hidden: Hidden,
         plan_of: Callable[[int, bool], Plan],
     ) -> None:
         parameters = [each for chunk in chunks for each in chunk.parameters()]
         self._stage = Stage(
             index=lanes.stage if lanes else 0,
             placement=placement,
-            chunks=list(chunks),
-            syncs=list(syncs),
+            chunks=chunks,
+            syncs=syncs,
             lanes=lanes,
             deferred=DeferredGradients(parameters),
         )
-        self._activation = activation
+        self._hidden = hidden
         self._prepared = cache(lambda m, forward_only: self._prepare(plan_of(m, forward_only)))
-        self.executed: list[Op] = []
-        self.num_deferred = 0
-        self.recorder: Recorder | None = None
-        self.plan: Plan | None = None
+        self._recorder: Recorder | None = None
+        self.last: Ran | None = None
 
     def __call__(
         self,
@@ -96,56 +90,59 @@ class Executor:
         Args:
             forward_step_func: megatron-core's: takes a data iterator and a chunk, returns the
                 output and a function from the last chunk's output to its loss and what to report.
-            data_iterator: for each chunk one over all micro-batches.
+            data_iterator: for each chunk one over all microbatches.
             num_microbatches: m.
             seq_length: positions of a sample.
-            micro_batch_size: samples of a micro-batch.
+            micro_batch_size: samples of a microbatch.
             forward_only: compute no gradients.
 
         Returns:
-            What was reported for each micro-batch, on the stage with the last chunk.
+            What was reported for each microbatch, on the stage with the last chunk.
 
         Raises:
-        PlanError: a plan that cannot be run.
-        DisagreementError: stages that are about to run different steps.
+            PlanError: a plan that cannot be run.
+            DisagreementError: stages that are about to run different steps.
 
         Note:
             Collective over the pipeline, and over data-parallel ranks for gradients and weights.
             Nothing is read back from a GPU.
         """
-        self.plan, actions, order = self._prepared(num_microbatches, forward_only)
-        width, dtype = self._activation.hidden_size, self._activation.dtype
+        plan, actions, hashed = self._prepared(num_microbatches, forward_only)
+        activation = self._hidden.activation(seq_length, micro_batch_size)
         if self._stage.lanes is not None:
-            shape = StepShape(
-                num_microbatches, seq_length, micro_batch_size, width, dtype.itemsize, order
-            )
-            require_agreement(shape, self._stage.lanes.hosts)
-        if self.recorder is not None:
-            self.recorder.begin()
-        inputs = StepInputs(
-            forward_step_func,
-            data_iterator,
-            num_microbatches,
-            torch.empty(seq_length, micro_batch_size, width, dtype=dtype, device="meta"),
-            self._activation.device,
-            forward_only,
-        )
-        step = Step(self._stage, inputs, self.recorder)
+            ours = {
+                "num_microbatches": num_microbatches,
+                "seq_length": seq_length,
+                "micro_batch_size": micro_batch_size,
+                "hidden_size": self._hidden.size,
+                "element_bytes": self._hidden.dtype.itemsize,
+                "plan": hashed,
+            }
+            require_agreement(ours, self._stage.lanes.hosts)
+        if self._recorder is not None:
+            self._recorder.begin()
+        work = Work(forward_step_func, data_iterator, num_microbatches, activation, forward_only)
+        step = StageStep(self._stage, work, self._recorder)
         step.run(actions)
-        self.executed, self.num_deferred = step.executed, step.num_deferred
+        self.last = Ran(plan, tuple(step.executed), step.num_deferred)
         return step.reported
+
+    @contextmanager
+    def recording(self) -> Iterator[Recorder]:
+        """Note when the ops of the step inside run."""
+        self._recorder = Recorder(self._hidden.device)
+        try:
+            yield self._recorder
+        finally:
+            self._recorder = None
 
     def gathered(self, events: list[Event]) -> list[list[Event]]:
         """The events of every stage of this pipeline. Collective over the pipeline."""
         lanes = self._stage.lanes
-        if lanes is None:
-            return [events]
-        everyone: list[list[Event]] = [[] for _ in range(lanes.num_stages)]
-        dist.all_gather_object(everyone, events, group=lanes.hosts)
-        return everyone
+        return [events] if lanes is None else lanes.gathered(events)
 
     def _prepare(self, plan: Plan) -> tuple[Plan, tuple[Action, ...], int]:
-        """A plan, proved; this stage's actions; the number of its order."""
+        """A plan, proved; this stage's actions; a number that stands for the plan."""
         program = with_messages(plan)
-        simulate(plan, Costs.equal(plan.placement, 1.0, 1.0, 1.0), program)
-        return plan, program[self._stage.index], order_of(plan)
+        prove(plan, program)
+        return plan, program[self._stage.index], plan_hash(plan)

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv2_train.pipeline.plans import Kind, Op, Plan
+from dsv2_train.pipeline.plans import Kind, Op, Plan, result_to
 
 RECEIVES_AHEAD = 4  # two on the way in each direction of the model
 
@@ -122,15 +122,10 @@ def _sends(plan: Plan) -> list[list[Message | None]]:
     ]
 
     def message(source: int, op: Op) -> Message | None:
-        if op.kind is Kind.W:
+        needed_by = result_to(plan.placement, source, op)
+        if needed_by is None or needed_by[0] == source:
             return None
-        place = plan.placement
-        virtual_stage = place.virtual_stage(source, op.chunk) + (1 if op.kind is Kind.F else -1)
-        if not 0 <= virtual_stage < place.num_virtual_stages:
-            return None
-        target, chunk = place.stage_and_chunk(virtual_stage)
-        if target == source:
-            return None
+        target, chunk = needed_by
         forward = Op(Kind.F, op.microbatch, chunk)
         taker = forward if op.kind is Kind.F else backwards[target][op.microbatch, chunk]
         return Message(source, target, op, taker)

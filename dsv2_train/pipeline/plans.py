@@ -35,6 +35,11 @@ class Op:
     microbatch: int
     chunk: int
 
+    @property
+    def label(self) -> str:
+        """Kind, microbatch and chunk in few characters: `F3.0`."""
+        return f"{self.kind.value}{self.microbatch}.{self.chunk}"
+
     def __str__(self) -> str:
         return f"{self.kind.value} of microbatch {self.microbatch}, chunk {self.chunk}"
 
@@ -60,3 +65,17 @@ class Plan:
     def forward_only(self) -> bool:
         """Whether nothing is trained: no stage has any op but F."""
         return all(op.kind is Kind.F for ops in self.ops for op in ops)
+
+
+def input_from(placement: Placement, stage: int, op: Op) -> tuple[int, int] | None:
+    """Stage and chunk whose result an op needs; None for a W and at the model's ends."""
+    if op.kind is Kind.W:
+        return None
+    return placement.neighbour(stage, op.chunk, -1 if op.kind is Kind.F else 1)
+
+
+def result_to(placement: Placement, stage: int, op: Op) -> tuple[int, int] | None:
+    """Stage and chunk that need an op's result; None for a W and at the model's ends."""
+    if op.kind is Kind.W:
+        return None
+    return placement.neighbour(stage, op.chunk, 1 if op.kind is Kind.F else -1)

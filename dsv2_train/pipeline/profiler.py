@@ -1,18 +1,16 @@
 """Chosen steps, looked at closely: a timeline beside its plan, a window of torch's profiler."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch.profiler import ProfilerActivity, profile
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed.env import Env
-from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.executor import Executor
-from dsv2_train.pipeline.plans import Kind, Plan
 from dsv2_train.pipeline.simulate import simulate
 from dsv2_train.pipeline.stage.recorder import Recorder
-from dsv2_train.pipeline.timeline import Timeline, of_simulation, write_picture, write_trace
+from dsv2_train.pipeline.timeline import mean_costs, of_simulation, write_picture, write_trace
 
 
 class Profiler:
@@ -36,15 +34,12 @@ class Profiler:
         Note:
             Where the step's timeline is drawn: collective over the ranks of each pipeline.
         """
-        recorder = None
-        if number in self._profile.timeline_steps:
-            recorder = Recorder(self._env.device)
+        is_drawn = number in self._profile.timeline_steps
         self._start_torch(number)
-        self._executor.recorder = recorder
         try:
-            yield
+            with self._executor.recording() if is_drawn else nullcontext() as recorder:
+                yield
         finally:
-            self._executor.recorder = None
             if number == self._profile.torch_last_step:
                 self.end()
         if recorder is not None:
@@ -75,8 +70,8 @@ class Profiler:
         self._torch.start()
 
     def _draw(self, number: int, recorder: Recorder) -> None:
-        plan = self._executor.plan
-        assert plan is not None
+        assert self._executor.last is not None
+        plan = self._executor.last.plan
         timeline = self._executor.gathered(recorder.events())
         if self._env.rank != 0:
             return
@@ -91,18 +86,3 @@ class Profiler:
         stem = folder / f"step_{number:08}"
         write_picture(timelines, stem.with_suffix(".png"))
         write_trace(timelines, stem.with_suffix(".json"))
-
-
-def mean_costs(plan: Plan, timeline: Timeline) -> Costs:
-    """What F, B and W took on each virtual stage; of a BW, which is one event, B is all."""
-    sums = {kind: [0.0] * plan.placement.num_virtual_stages for kind in Kind}
-    for stage, events in enumerate(timeline):
-        ops = iter(plan.ops[stage])
-        for event in events:
-            if event.kind in Kind.__members__:
-                op = next(ops)
-                virtual_stage = plan.placement.virtual_stage(stage, op.chunk)
-                sums[op.kind][virtual_stage] += event.end_s - event.start_s
-    means = {kind: tuple(each / plan.num_microbatches for each in sums[kind]) for kind in Kind}
-    both = tuple(map(sum, zip(means[Kind.B], means[Kind.BW], strict=True)))
-    return Costs(means[Kind.F], both, means[Kind.W])

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.messages import Message, Program, with_messages
-from dsv2_train.pipeline.plans import Kind, Op, Plan
+from dsv2_train.pipeline.plans import Kind, Op, Plan, input_from
 
 
 class PlanError(Exception):
@@ -45,6 +45,15 @@ class Simulation:
     step_s: float
     bubble: float
     peak_activations: tuple[int, ...]
+
+
+def prove(plan: Plan, program: Program) -> None:
+    """See that a plan runs to its end, whatever its ops cost.
+
+    Raises:
+        PlanError: as `simulate`.
+    """
+    simulate(plan, Costs.equal(plan.placement, 1.0, 1.0, 1.0), program)
 
 
 def simulate(plan: Plan, costs: Costs, program: Program | None = None) -> Simulation:
@@ -118,26 +127,24 @@ def _validate_stage(plan: Plan, stage: int, ops: tuple[Op, ...]) -> None:
                 needed = " or ".join(sorted(map(str, earlier)))
                 raise PlanError(f"stage {stage} runs {op} before {needed}")
         done.add(op)
-        kind = Kind.B if op.kind is Kind.BW else op.kind
-        if op.microbatch < next_microbatch[kind, op.chunk]:
-            raise PlanError(f"stage {stage} runs {op} after a later microbatch")
-        next_microbatch[kind, op.chunk] = op.microbatch + 1
+        for kind in (Kind.B, Kind.W) if op.kind is Kind.BW else (op.kind,):
+            if op.microbatch < next_microbatch[kind, op.chunk]:
+                raise PlanError(f"stage {stage} runs {op} after a later microbatch")
+            next_microbatch[kind, op.chunk] = op.microbatch + 1
     _validate_counts(plan, stage, done)
 
 
 def _needed_here(plan: Plan, stage: int, op: Op) -> list[set[Op]]:
     """Ops of the same stage that must come before an op; of each set one."""
-    place, microbatch = plan.placement, op.microbatch
+    microbatch = op.microbatch
     if op.kind is Kind.W:
         return [{Op(Kind.B, microbatch, op.chunk)}]
     forward = op.kind is Kind.F
     needed = [] if forward else [{Op(Kind.F, microbatch, op.chunk)}]
-    virtual_stage = place.virtual_stage(stage, op.chunk) + (-1 if forward else 1)
-    if 0 <= virtual_stage < place.num_virtual_stages:
-        source, chunk = place.stage_and_chunk(virtual_stage)
+    source = input_from(plan.placement, stage, op)
+    if source is not None and source[0] == stage:
         kinds = (Kind.F,) if forward else (Kind.B, Kind.BW)
-        if source == stage:
-            needed.append({Op(kind, microbatch, chunk) for kind in kinds})
+        needed.append({Op(kind, microbatch, source[1]) for kind in kinds})
     return needed
 
 

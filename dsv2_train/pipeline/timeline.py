@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv2_train.pipeline.costs import Costs
+from dsv2_train.pipeline.plans import Kind, Plan
 from dsv2_train.pipeline.simulate import Simulation
 
 if TYPE_CHECKING:
@@ -55,11 +57,31 @@ def of_simulation(simulation: Simulation) -> Timeline:
     stages = zip(simulation.plan.ops, simulation.starts_s, simulation.ends_s, strict=True)
     return [
         [
-            Event(f"{op.kind.value}{op.microbatch}.{op.chunk}", op.kind.value, start_s, end_s)
+            Event(op.label, op.kind.value, start_s, end_s)
             for op, start_s, end_s in zip(*stage, strict=True)
         ]
         for stage in stages
     ]
+
+
+def mean_costs(plan: Plan, timeline: Timeline) -> Costs:
+    """What F, B and W took on each virtual stage; of a BW, which is one event, B is all.
+
+    Args:
+        plan: what was run.
+        timeline: of its ops in their order, and of what is none.
+    """
+    sums = {kind: [0.0] * plan.placement.num_virtual_stages for kind in Kind}
+    for stage, events in enumerate(timeline):
+        ops = iter(plan.ops[stage])
+        for event in events:
+            if event.kind in Kind.__members__:
+                op = next(ops)
+                virtual_stage = plan.placement.virtual_stage(stage, op.chunk)
+                sums[op.kind][virtual_stage] += event.end_s - event.start_s
+    means = {kind: tuple(each / plan.num_microbatches for each in sums[kind]) for kind in Kind}
+    both = tuple(map(sum, zip(means[Kind.B], means[Kind.BW], strict=True)))
+    return Costs(means[Kind.F], both, means[Kind.W])
 
 
 def as_text(timeline: Timeline, width: int = 150) -> str:

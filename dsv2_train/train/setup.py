@@ -6,6 +6,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from dsv2_train.checkpoint.disk.retention import Retention
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
@@ -38,7 +39,7 @@ READ_AT_START_BYTES = 64 << 30
 
 
 def build_run(config: RunConfig, env: Env) -> Run:
-    """Build, restore the newest checkpoint if there is one, and show the start-up table.
+    """Build, go on from the newest intact checkpoint or begin, and show the start-up table.
 
     Args:
         config: the run, checked.
@@ -50,7 +51,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
     Raises:
         ConfigError: if an implementation that was asked for cannot run here.
         DataError: if the corpus is not the one its manifest describes.
-        CheckpointError: if the newest checkpoint is damaged or of another model.
+        CheckpointError: if every checkpoint is damaged, or the newest is of another model.
 
     Note:
         Collective over all ranks.
@@ -72,9 +73,15 @@ def build_run(config: RunConfig, env: Env) -> Run:
     if state is not None:
         optimizer.adam_step = state.adam_step
         optimizer.after_load()
+    elif config.checkpoint.init_from is not None:
+        checkpoints.initialize(Path(config.checkpoint.init_from), list(optimizer.weights()))
+        optimizer.after_load()
     schedule = Schedule(config.recipe, config.optim)
     clock = Clock(state.step, state.consumed_samples) if state else Clock()
     monitor = _monitor(config, env, schedule.last_step(clock), state)
+    if monitor is not None:
+        for damage in checkpoints.passed_over:
+            monitor.alert("checkpoint", damage)
     executor = build_executor(config, chunks, env.device, TIMEOUT_S)
     run = Run(
         config=config,
@@ -105,7 +112,11 @@ def _checkpoints(
 ) -> CheckpointManager:
     staging = Staging(list(optimizer.pieces())) if config.checkpoint.asynchronous else None
     return CheckpointManager(
-        config.run.checkpoint_folder, config.checkpoint.every_steps, hosts, staging
+        config.run.checkpoint_folder,
+        config.checkpoint.every_steps,
+        hosts,
+        staging,
+        Retention(config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
     )
 
 

@@ -7,13 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.pipeline_parallel.schedules import (
-    forward_backward_no_pipelining,
-    forward_backward_pipelining_without_interleaving,
-)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
@@ -26,7 +20,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from dsv2_train.config.sections.parallel import ParallelConfig
 from dsv2_train.distributed import cpu_ranks
 from tests.helpers.fake_world import build_fake
-from tests.helpers.toy import Toy
 from tests.helpers.world import preloaded_context
 
 
@@ -66,37 +59,6 @@ def random_state() -> None:
     assert not logged
 
 
-def schedule_without_pipeline() -> None:
-    toy = Stage(range(0), 0, 1, torch.float32)
-    loss = forward_backward_no_pipelining(
-        forward_step_func=lambda data, model: (model({}), lambda out: (out, next(data))),
-        data_iterator=iter(["reported"]),
-        model=toy,
-        num_microbatches=1,
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=True,
-        pg_collection=fake_groups(ep=1),
-    )
-    assert loss == ["reported"]
-
-
-def schedule_of_a_pipeline() -> None:
-    built = build_fake(ParallelConfig(world_size=2, pp=2), rank=0)
-    toy = Stage(range(2), 0, 1, torch.float32)
-    forward_backward_pipelining_without_interleaving(
-        forward_step_func=lambda data, model: (torch.ones(1, 1, 8), None),
-        data_iterator=None,
-        model=toy,
-        num_microbatches=1,
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=True,
-        pg_collection=built,
-        p2p_communicator=P2PCommunicator(pp_group=built.pp, config=toy.config),
-    )
-
-
 def split_sizes() -> None:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([3]), as_numpy=True)
@@ -121,8 +83,6 @@ CASES: list[tuple[Callable[[], None], Callable[[], None], type[Exception]]] = [
     (cpu_ranks.answer_current_device, weights_on_meta, AssertionError),
     (cpu_ranks.answer_streams, dispatcher, RuntimeError),
     (cpu_ranks.answer_random_state, random_state, AssertionError),
-    (cpu_ranks.answer_device_literals, schedule_without_pipeline, AssertionError),
-    (cpu_ranks.answer_device_literals, schedule_of_a_pipeline, AssertionError),
     (cpu_ranks.answer_split_sizes, split_sizes, TypeError),
     (cpu_ranks.answer_undefined_names, router_gating, NameError),
     (cpu_ranks.answer_undefined_names, mla_names, TypeError),
@@ -148,11 +108,6 @@ def test_every_answer_has_a_case() -> None:
     assert {answer for answer, _, _ in CASES} == set(ANSWERS)
 
 
-def test_a_function_without_the_literal_is_reported() -> None:
-    with pytest.raises(LookupError, match="drop its answer"):
-        cpu_ranks.rewrite_constants({"cuda": "cpu"}, moe_utils.router_gating_linear)
-
-
 def pretend_cuda() -> None:
     torch.cuda.is_available = lambda: True
 
@@ -175,15 +130,6 @@ def in_another_process(*functions: Callable[[], None]) -> None:
 def call_all(functions: tuple[Callable[[], None], ...]) -> None:
     for function in functions:
         function()
-
-
-class Stage(Toy):
-    """The toy as the schedules want it: told what the stage before sent, which it does not read."""
-
-    model_type = ModelType.encoder_or_decoder
-
-    def set_input_tensor(self, tensor: object) -> None:
-        pass
 
 
 class Recorder(logging.Handler):

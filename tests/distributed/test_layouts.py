@@ -13,6 +13,7 @@ from dsv2_train.train import loop
 from dsv2_train.train.run import Run
 from dsv2_train.train.step import train_step
 from tests.helpers.corpus import synthetic_folder
+from tests.helpers.gradients import Gradients, owned_gradients, whole_gradients
 from tests.helpers.run import Owned, add_up, close_run, open_run, owned, run_config
 from tests.helpers.world import World
 
@@ -113,24 +114,14 @@ def _first_steps(rank: int, config: RunConfig) -> Trace:
     return Trace(initial, gradients, losses, norms)
 
 
-def _gradient_shards(run: Run, norm: float) -> dict[tuple[str, int], torch.Tensor]:
+def _gradient_shards(run: Run, norm: float) -> Gradients:
     """Reduced gradients of the owned ranges, clipping undone, by tensor and offset."""
     clip = min(1.0, run.config.optim.clip_grad_norm / (norm + 1e-6))
-    return {
-        (shard.place.name, shard.place.offset): shard.gradient.clone() / clip
-        for shard in run.optimizer._shards
-    }
+    return {place: gradient / clip for place, gradient in owned_gradients(run.chunks).items()}
 
 
-def _whole_gradients(traces: list[Trace]) -> dict[str, torch.Tensor]:
-    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for trace in traces:
-        for (name, offset), gradient in trace.gradients.items():
-            parts.setdefault(name, []).append((offset, gradient))
-    return {
-        name: torch.cat([gradient for _, gradient in sorted(found, key=lambda part: part[0])])
-        for name, found in parts.items()
-    }
+def _whole(traces: list[Trace]) -> dict[str, torch.Tensor]:
+    return whole_gradients(trace.gradients for trace in traces)
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +149,8 @@ def test_model_and_first_steps_do_not_depend_on_the_layout(
     assert add_up([trace.initial for trace in traces]) == add_up([reference[0].initial])
 
     # fp32 sums of a different order: 1e-5 of the largest element holds with a margin of ten.
-    expected = _whole_gradients(reference)
-    gradients = _whole_gradients(traces)
+    expected = _whole(reference)
+    gradients = _whole(traces)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         scale = expected[name].abs().max()
@@ -230,7 +221,10 @@ def test_a_balance_loss_of_half_the_weight_is_another_gradient(
     parts = (line.split("=") for line in ALPHAS)
     halves = [f"{name}={float(value) / 2}" for name, value in parts]
     traces = _traces(world, data, tmp_path, "PP1 EP1", *halves)
-    expected, gradients = _whole_gradients(reference), _whole_gradients(traces)
+    expected, gradients = (
+        _whole(reference),
+        _whole(traces),
+    )
     for name, gradient in gradients.items():
         if "router" in name:
             assert (gradient - expected[name]).abs().max() > 0.1 * expected[name].abs().max(), name

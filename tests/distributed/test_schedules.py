@@ -15,9 +15,10 @@ from dsv2_train.distributed.sharding import whole_of
 from dsv2_train.ops.main_grad import Deferred, DeferredGradients
 from dsv2_train.pipeline.plans import Kind
 from dsv2_train.pipeline.schedules.run_plan import run_plan
-from dsv2_train.pipeline.stage import step
+from dsv2_train.pipeline.stage import stage as stages
 from dsv2_train.pipeline.stage.agreement import DisagreementError
-from tests.helpers.pipeline import Pipeline, Ran, pipeline_config, run_steps, whole_gradients
+from tests.helpers.gradients import whole_gradients
+from tests.helpers.pipeline import Pipeline, Stepped, pipeline_config, run_steps
 from tests.helpers.world import World
 
 COUNTS = (1, 3, 8)  # micro-batches
@@ -68,21 +69,26 @@ MORE = {
             2,
             "parallel.overlap_grad_reduce=false",
             "parallel.overlap_param_gather=false",
+            "parallel.bucket_size=null",
         ),
         "parallel.ep=1",
     ),
 }
 
 
-def _run(world: World, config: RunConfig) -> list[list[Ran]]:
+def _run(world: World, config: RunConfig) -> list[list[Stepped]]:
     """By number of micro-batches, then rank."""
     ranks = world.run(run_steps, config.parallel.world_size, config, COUNTS)
     return [list(step) for step in zip(*ranks, strict=True)]
 
 
+def _whole(ranks: list[Stepped]) -> dict[str, torch.Tensor]:
+    return whole_gradients(ran.gradients for ran in ranks)
+
+
 def _reference(world: World, precision: str, dp: int, *more: str) -> list[dict[str, torch.Tensor]]:
     config = pipeline_config(dp, f"recipe.precision={precision}", *more)
-    return [whole_gradients(step) for step in _run(world, config)]
+    return [_whole(step) for step in _run(world, config)]
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +120,12 @@ def test_gradients_are_those_without_a_pipeline(
         config = pipeline_config(size, f"recipe.precision={precision}", *overrides)
         for count, ranks, expected in zip(COUNTS, _run(world, config), references, strict=True):
             # Of a weight, every schedule adds the micro-batches in the same order: to the bit.
-            _require_equal(whole_gradients(ranks), expected, 0.0)
+            _require_equal(_whole(ranks), expected, 0.0)
             plan = run_plan(config, count)
             for stage, ran in enumerate(ranks):
-                assert tuple(ran.executed) == plan.ops[stage]
+                assert ran.executed == plan.ops[stage]
                 splits = any(op.kind is Kind.W for op in ran.executed)
-                assert (ran.num_deferred > 0) == splits
+                assert ran.num_deferred == (count * ran.num_matrices if splits else 0)
 
 
 @pytest.mark.parametrize("layout", MORE)
@@ -129,7 +135,7 @@ def test_with_expert_and_data_ranks(
     overrides, ep = MORE[layout]
     config = pipeline_config(4, "recipe.precision=fp64", ep, *overrides)
     for ranks, expected in zip(_run(world, config), shared[ep], strict=True):
-        _require_equal(whole_gradients(ranks), expected, 1e-12)
+        _require_equal(_whole(ranks), expected, 1e-12)
 
 
 def _by_hand(rank: int, config: RunConfig, count: int) -> dict[str, torch.Tensor]:
@@ -161,7 +167,7 @@ def test_without_a_pipeline_gradients_are_torch_s(
         _require_equal(found, expected, 1e-12)
 
 
-def _with_a_mistake(rank: int, config: RunConfig, mistake: str) -> Ran | str:
+def _with_a_mistake(rank: int, config: RunConfig, mistake: str) -> Stepped | str:
     calls, add = itertools.count(), Deferred.add
 
     def skip_one(deferred: Deferred) -> None:
@@ -169,7 +175,7 @@ def _with_a_mistake(rank: int, config: RunConfig, mistake: str) -> Ran | str:
             add(deferred)
 
     patches = {
-        "the losses' scale is not set": mock.patch.object(step, "MoEAuxLossAutoScaler"),
+        "the losses' scale is not set": mock.patch.object(stages, "MoEAuxLossAutoScaler"),
         "a W is left out": mock.patch.object(Deferred, "add", skip_one),
         "nothing is deferred": mock.patch.object(
             DeferredGradients, "put_off", lambda *unused: False
@@ -191,7 +197,7 @@ def test_a_mistake_of_a_schedule_is_another_gradient(
     config = pipeline_config(2, "recipe.precision=fp64", *_of("zb_h1"))
     found = world.run(_with_a_mistake, 2, config, mistake)
     with pytest.raises(AssertionError):
-        _require_equal(whole_gradients(found), alone["fp64"][1], 1e-3)
+        _require_equal(_whole(found), alone["fp64"][1], 1e-3)
 
 
 def test_a_split_backward_that_defers_nothing_is_refused(world: World) -> None:
@@ -232,7 +238,7 @@ def _another_order(rank: int, config: RunConfig) -> str:
 def test_stages_with_different_plans_are_both_named(world: World) -> None:
     config = pipeline_config(2, *_of("zb_h1"))
     for said in world.run(_another_order, 2, config):
-        assert "stage 0 (rank 0) and stage 1 (rank 1) are about to run different steps: ord" in said
+        assert "stage 0 (rank 0) and stage 1 (rank 1) are about to run different steps: pla" in said
 
 
 def _cut_short(rank: int, config: RunConfig) -> str:
@@ -245,7 +251,7 @@ def _cut_short(rank: int, config: RunConfig) -> str:
         return output[1:], loss_of
 
     pipeline._forward = cut_short  # type: ignore[method-assign]
-    run = mock.patch.object(step.Step, "run", lambda *unused: None)
+    run = mock.patch.object(stages.StageStep, "run", lambda *unused: None)
     with run if rank else contextlib.nullcontext():
         try:
             pipeline.step(1)
@@ -264,19 +270,23 @@ def test_an_activation_of_another_shape_names_both_stages(world: World) -> None:
     )
 
 
-def _traced(rank: int, config: RunConfig) -> tuple[list[str], int]:
-    """The order of weight gradients and reductions in the second step; buckets of the stage."""
+Traced = list[tuple[str, frozenset[str]]]  # add or reduce, the weights it is of
+
+
+def _traced(rank: int, config: RunConfig) -> tuple[Traced, int]:
+    """Weight gradients and reductions of the second step in order; buckets of the stage."""
     pipeline = Pipeline(config)
     pipeline.step(2)
-    seen: list[str] = []
+    seen: Traced = []
     add, reduce = Deferred.add, _ParamAndGradBucketGroup.start_grad_sync
 
     def traced_add(deferred: Deferred) -> None:
-        seen.append("add")
+        seen.append(("add", frozenset([whole_of(deferred.weight).name])))
         add(deferred)
 
     def traced_reduce(group: _ParamAndGradBucketGroup, **named: bool) -> None:
-        seen.append("reduce")
+        weights = (weight for bucket in group.buckets for weight in bucket.params_list)
+        seen.append(("reduce", frozenset(whole_of(weight).name for weight in weights)))
         reduce(group, **named)
 
     with (
@@ -285,15 +295,22 @@ def _traced(rank: int, config: RunConfig) -> tuple[list[str], int]:
     ):
         pipeline.step(2)
     process_groups.destroy()
-    return seen, sum(len(chunk.bucket_groups) for chunk in pipeline.chunks)
+    chunks = pipeline.chunks
+    groups = (len(chunk.bucket_groups + chunk.expert_parallel_bucket_groups) for chunk in chunks)
+    return seen, sum(groups)
 
 
 @pytest.mark.parametrize("schedule", [_of("zb_h1"), _of("zb_v", 2)])
-def test_reductions_start_while_weight_gradients_are_added_on_every_stage(
+def test_a_bucket_is_reduced_as_soon_as_its_last_weight_gradient_is_added(
     world: World, schedule: tuple[str, ...]
 ) -> None:
     for seen, num_buckets in world.run(_traced, 4, pipeline_config(4, *schedule)):
         assert num_buckets > 2
-        assert seen.count("reduce") >= num_buckets
-        first = seen.index("reduce")
-        assert seen[first:].count("add") > 5
+        reductions = [place for place, (kind, _) in enumerate(seen) if kind == "reduce"]
+        assert len(reductions) == num_buckets
+        for place in reductions:
+            weights = seen[place][1]
+            adds = [idx for idx, (kind, of) in enumerate(seen) if kind == "add" and of <= weights]
+            if adds:  # a bucket of norms alone has its gradients from B
+                assert max(adds) == place - 1
+        assert sum(kind == "add" for kind, _ in seen[reductions[0] :]) > 5

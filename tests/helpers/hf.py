@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dsv2_train.checkpoint.hf.names import hf_tensors
+from dsv2_train.checkpoint.hf.mapping.names import hf_tensors
 from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.distributed.sharding import whole_of
 

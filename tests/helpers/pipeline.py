@@ -7,14 +7,13 @@ from torch import Tensor
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
-from dsv2_train.distributed.sharding import whole_of
 from dsv2_train.model.build import build_model
 from dsv2_train.model.implementation import choose
-from dsv2_train.optim import shards
 from dsv2_train.optim.build import wrap
 from dsv2_train.pipeline.build import build_executor
 from dsv2_train.pipeline.executor import Executor
 from dsv2_train.pipeline.plans import Op
+from tests.helpers.gradients import Gradients, owned_gradients
 from tests.helpers.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -33,17 +32,19 @@ _OVERRIDES = (
     "parallel.bucket_size=2000",
 )
 
-Gradients = dict[tuple[str, int], Tensor]  # by tensor and offset in it
-
 
 @dataclass(frozen=True)
-class Ran:
-    """What a rank did: reduced gradients it owns, losses it saw, ops, deferred gradients."""
+class Stepped:
+    """What a rank did: reduced gradients it owns, losses it saw, ops, deferred gradients.
+
+    `num_matrices` are its weights whose gradients can be put off: all but those of norms.
+    """
 
     gradients: Gradients
     losses: list[float]
-    executed: list[Op]
+    executed: tuple[Op, ...]
     num_deferred: int
+    num_matrices: int
 
 
 def pipeline_config(world_size: int, *overrides: str) -> RunConfig:
@@ -68,7 +69,7 @@ class Pipeline:
         ]
         self.executor: Executor = build_executor(config, self.chunks, CPU, timeout_s=60)
 
-    def step(self, num_microbatches: int) -> Ran:
+    def step(self, num_microbatches: int) -> Stepped:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         reported = self.executor(
@@ -80,8 +81,12 @@ class Pipeline:
             forward_only=False,
         )
         losses = [losses["loss"].item() for losses in reported]
-        executor = self.executor
-        return Ran(self._gradients(), losses, executor.executed, executor.num_deferred)
+        num_matrices = sum(one.dim() > 1 for each in self.chunks for one in each.parameters())
+        ran = self.executor.last
+        assert ran is not None
+        return Stepped(
+            owned_gradients(self.chunks), losses, ran.executed, ran.num_deferred, num_matrices
+        )
 
     def _forward(self, data: object, chunk: torch.nn.Module) -> object:
         microbatch = next(data)  # type: ignore[call-overload]
@@ -102,35 +107,10 @@ class Pipeline:
 
         return output, loss_of
 
-    def _gradients(self) -> Gradients:
-        found: Gradients = {}
-        for chunk in self.chunks:
-            for buffer, bucket, ours in shards._owned_ranges(chunk):
-                for param in bucket.params_list:
-                    start, end, _ = buffer.param_index_map[param]
-                    first, last = max(start, ours.start), min(end, ours.stop)
-                    if first < last:
-                        whole = whole_of(param)
-                        key = whole.name, whole.offset + first - start
-                        found[key] = buffer.grad_data[first:last].clone()
-        return found
 
-
-def run_steps(rank: int, config: RunConfig, counts: tuple[int, ...]) -> list[Ran]:
+def run_steps(rank: int, config: RunConfig, counts: tuple[int, ...]) -> list[Stepped]:
     """Steps of so many micro-batches, one after the other with the same weights."""
     pipeline = Pipeline(config)
     results = [pipeline.step(count) for count in counts]
     process_groups.destroy()
     return results
-
-
-def whole_gradients(ranks: list[Ran]) -> dict[str, Tensor]:
-    """Every tensor's gradient, flat."""
-    parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for ran in ranks:
-        for (name, offset), gradient in ran.gradients.items():
-            parts.setdefault(name, []).append((offset, gradient))
-    return {
-        name: torch.cat([gradient for _, gradient in sorted(found, key=lambda part: part[0])])
-        for name, found in parts.items()
-    }

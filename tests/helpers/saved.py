@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.hf.tensors import WEIGHT, global_tensors
+from dsv2_train.checkpoint.hf.mapping.tensors import WEIGHT, global_tensors
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.load import to_yaml
 from dsv2_train.config.run import RunConfig

@@ -24,3 +24,19 @@ def place(path: Path, node: ast.AST | None = None) -> str:
     """`file:line`, for people."""
     name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
     return name if node is None else f"{name}:{getattr(node, 'lineno', '?')}"
+
+
+def code_lines(path: Path) -> int:
+    """How many lines of a file are code: no docstrings, comments and blank lines."""
+    documented = {
+        line
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(node) is not None
+        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+    }
+    lines = enumerate(map(str.strip, path.read_text().splitlines()), 1)
+    return sum(
+        number not in documented and line != "" and not line.startswith("#")
+        for number, line in lines
+    )

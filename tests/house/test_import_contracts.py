@@ -26,7 +26,7 @@ PLANTED = [
     (7, "recipe/clock.py", "import pydantic"),
     (8, "cli/validate.py", "import torch"),
     (8, "planner/report.py", "import torch"),
-    (9, "checkpoint/hf/names.py", "import transformers"),
+    (9, "checkpoint/hf/mapping/names.py", "import transformers"),
 ]
 
 

@@ -4,12 +4,12 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.house.source import PACKAGE, place, python_files, tree
+from tests.house.source import PACKAGE, code_lines, place, python_files, tree
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_FILES_A_PACKAGE = 9
-MAX_PACKAGE_LINES = 15_000
+MAX_LINES_OF_CODE = 12_000
 
 
 def long_files(files: Iterator[Path]) -> list[str]:
@@ -36,6 +36,11 @@ def crowded_packages(root: Path) -> list[str]:
     return [f"{place(p)}: {n} files" for p, n in counts.items() if n > MAX_FILES_A_PACKAGE]
 
 
+def too_much_code(files: Iterator[Path]) -> list[str]:
+    count = sum(map(code_lines, files))
+    return [f"{count} lines of code"] if count > MAX_LINES_OF_CODE else []
+
+
 def test_files_are_short() -> None:
     assert long_files(python_files()) == []
 
@@ -49,9 +54,7 @@ def test_packages_are_not_crowded() -> None:
 
 
 def test_the_whole_is_readable() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in python_files("dsv2_train")) < (
-        MAX_PACKAGE_LINES
-    )
+    assert too_much_code(python_files("dsv2_train")) == []
 
 
 def test_what_is_too_large_is_found(tmp_path: Path) -> None:
@@ -63,3 +66,38 @@ def test_what_is_too_large_is_found(tmp_path: Path) -> None:
     assert len(crowded_packages(tmp_path)) == 1
     assert long_files(iter(tmp_path.glob("*.py"))) == [f"{tmp_path / 'f0.py'}: 401 lines"]
     assert long_functions(iter([tmp_path / "f1.py"])) == [f"{tmp_path / 'f1.py'}:1: f has 81 lines"]
+
+
+DOCUMENTED = '''"""What a file is for."""
+
+# Why.
+X = """
+# no docstring
+"""
+
+
+class C:
+    """What a class is for.
+
+    Attributes:
+        x: and what it holds.
+    """
+
+    x = 1  # a comment behind code
+
+    async def f(self) -> None:
+        """One line."""
+'''
+
+
+def test_only_code_counts(tmp_path: Path) -> None:
+    path = tmp_path / "f.py"
+    path.write_text(DOCUMENTED)
+    assert code_lines(path) == 5
+    path.write_text(DOCUMENTED + "        return None\n" * 7)
+    assert code_lines(path) == 12
+    path.write_text("def f() -> None:\n    pass\n    'no docstring'\n")
+    assert code_lines(path) == 3
+    path.write_text(DOCUMENTED + "x = 1  # one of many\n# why\n" * (MAX_LINES_OF_CODE - 5))
+    assert too_much_code(iter([path])) == []
+    assert too_much_code(iter([path, path])) == ["24000 lines of code"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dsv2_train.checkpoint.disk.layout import latest_complete
-from dsv2_train.checkpoint.hf.config import Facts, config_of
 from dsv2_train.checkpoint.hf.intake import import_folder
+from dsv2_train.checkpoint.hf.mapping.config import Facts, config_of
 from dsv2_train.cli.main import main
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.tokenizer import EOS_TOKEN, hugging_face_files, load_tokenizer
@@ -30,9 +30,13 @@ YARN = (
     "model.rope_theta=100.0",
 )
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "PP1": (1, ()),
+    "one rank": (1, ()),
+    "DP2": (2, ()),
+    "EP4": (4, ("parallel.ep=4",)),
+    "PP2 DP2": (4, ("parallel.pp=2",)),
     "PP2 EP2": (4, ("parallel.pp=2", "parallel.ep=2")),
-    "zb_v": (2, ("parallel.pp=2", "parallel.schedule=zb_v", "parallel.chunks=2")),
+    "PP4": (4, ("parallel.pp=4",)),
+    "PP2 zb_v": (2, ("parallel.pp=2", "parallel.schedule=zb_v", "parallel.chunks=2")),
 }
 
 
@@ -42,22 +46,32 @@ def _train(rank: int, config: RunConfig) -> None:
     close_run(run)
 
 
-def _difference(rank: int, config: RunConfig, folder: Path) -> float:
-    """Largest difference of logits over their scale: the run's newest checkpoint and a folder."""
+def _differences(rank: int, config: RunConfig, folder: Path) -> tuple[float, float]:
+    """What transformers makes of a folder, against a run of one rank or another layout.
+
+    Returns:
+        Largest difference of logits from those of the run's newest checkpoint, restored on one
+        rank, over their scale; difference of the loss from what the run itself told of its last
+        step, at its layout, on the same validation samples, over that loss.
+    """
     # Seconds to import, and only the ranks of this test need it.
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
     )
-    shape = (2, config.recipe.sequence_length)
-    tokens = torch.randint(128, shape, generator=torch.Generator().manual_seed(7))
     run = open_run(rank, config)
-    ours = logits_of(run.chunks[0].module.eval(), tokens)
+    windows = run.validation_split.windows[: config.recipe.eval_num_samples].astype("int64")
+    samples = torch.from_numpy(windows)
+    ours = logits_of(run.chunks[0].module.eval(), samples[:, :-1])
     close_run(run)
     with torch.no_grad():
-        expected = theirs(tokens).logits
-    return float((ours - expected).abs().max() / expected.abs().max())
+        expected = theirs(samples[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), samples[:, 1:].flatten())
+    last = (config.run.folder / "metrics.jsonl").read_text().splitlines()[-1]
+    told = json.loads(last)["eval/loss"]
+    difference = (ours - expected).abs().max() / expected.abs().max()
+    return float(difference), abs(loss.item() - told) / told
 
 
 def _exported(world: World, tmp_path: Path, layout: str, yarn: tuple[str, ...]) -> RunConfig:
@@ -73,29 +87,29 @@ def _exported(world: World, tmp_path: Path, layout: str, yarn: tuple[str, ...]) 
 
 @pytest.mark.parametrize("yarn", [PLAIN, YARN], ids=["4K", "YaRN"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_of_an_exported_run_equal_ours(
+def test_logits_and_loss_of_an_exported_run_equal_ours(
     world: World, tmp_path: Path, layout: str, yarn: tuple[str, ...]
 ) -> None:
     single = _exported(world, tmp_path, layout, yarn)
-    [difference] = world.run(_difference, 1, single, tmp_path / "hf")
-    assert difference < TOLERANCE
+    [differences] = world.run(_differences, 1, single, tmp_path / "hf")
+    assert max(differences) < TOLERANCE
 
 
 def test_a_wrong_stage_is_another_model(world: World, tmp_path: Path) -> None:
     """The comparison sees a YaRN block that is left out, and a weight that is not the run's."""
-    single = _exported(world, tmp_path, "PP1", YARN)
+    single = _exported(world, tmp_path, "one rank", YARN)
     path = tmp_path / "hf" / "config.json"
     text = path.read_text()
     path.write_text(json.dumps(json.loads(text) | {"rope_scaling": None}))
-    [difference] = world.run(_difference, 1, single, tmp_path / "hf")
-    assert difference > 100 * TOLERANCE
+    [differences] = world.run(_differences, 1, single, tmp_path / "hf")
+    assert min(differences) > 10 * TOLERANCE
     path.write_text(text)
     shard = min((tmp_path / "hf").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-401:] = bytes(401)
     shard.write_bytes(data)
-    [difference] = world.run(_difference, 1, single, tmp_path / "hf")
-    assert difference > 100 * TOLERANCE
+    [differences] = world.run(_differences, 1, single, tmp_path / "hf")
+    assert min(differences) > 10 * TOLERANCE
 
 
 def _save_again(rank: int, folder: Path, out: Path) -> tuple[int, torch.dtype]:
@@ -109,7 +123,7 @@ def _save_again(rank: int, folder: Path, out: Path) -> tuple[int, torch.dtype]:
 
 
 def test_what_transformers_saves_again_is_imported(world: World, tmp_path: Path) -> None:
-    _exported(world, tmp_path, "PP1", YARN)
+    _exported(world, tmp_path, "one rank", YARN)
     seen = world.run(_save_again, 1, tmp_path / "hf", tmp_path / "again")
     assert seen == [(1, torch.float32)]
     ours = import_folder(tmp_path / "hf", tmp_path / "a")

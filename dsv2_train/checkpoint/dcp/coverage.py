@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 from dsv2_train.distributed.sharding import Piece
 
 
@@ -66,6 +66,18 @@ def whole_numel(part: Range) -> int:
 def name_of(data: torch.Tensor) -> str:
     """A tensor's element type as torch names it, e.g. `bfloat16`."""
     return str(data.dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The element type that `name_of` names.
+
+    Raises:
+        DamagedError: if there is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise DamagedError(f"manifest: dtype: found {name!r}; torch has none of this name")
+    return dtype
 
 
 def by_key(ranges: Iterable[Range]) -> dict[str, list[Range]]:

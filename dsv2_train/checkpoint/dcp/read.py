@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dsv2_train.checkpoint.disk.checksum import add_checksums, tensor_checksum
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.folder import reading
+from dsv2_train.checkpoint.disk.layout import DamagedError
 from dsv2_train.checkpoint.disk.manifest import Chunk, Manifest
 from dsv2_train.distributed.sharding import Piece
 
@@ -39,8 +40,9 @@ def read_pieces(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> li
         Checksums of what the pieces hold afterwards, in the order of `pieces`.
 
     Raises:
-        CheckpointError: for a file that ends before its elements do.
-        OSError: for a file that cannot be read.
+        DamagedError: for a file that is not there or ends before its elements do, and where the
+            disk cannot give them back.
+        CheckpointError: for a file that may not be read.
 
     Note:
         Local to this rank; reads no byte of another range. 4 MiB of host memory beside the pieces.
@@ -58,9 +60,12 @@ def read_pieces(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> li
         for index, read in reads:
             if read.file != opened:
                 _close(descriptor)
-                descriptor = os.open(folder / read.file, os.O_RDONLY)
+                descriptor, opened = -1, ""
+                with reading(folder / read.file):
+                    descriptor = os.open(folder / read.file, os.O_RDONLY)
                 opened = read.file
-            _fill(descriptor, read)
+            with reading(folder / read.file):
+                _fill(descriptor, read)
             part = tensor_checksum(read.target, read.offset)
             checksums[index] = add_checksums((checksums[index], part))
     finally:
@@ -94,7 +99,7 @@ def _fill(descriptor: int, read: _Read) -> None:
     while left:
         count = os.preadv(descriptor, [left], position)
         if count == 0:
-            raise CheckpointError(f"{read.file}: ends at byte {position}, inside a tensor")
+            raise DamagedError(f"{read.file}: ends at byte {position}, inside a tensor")
         left = left[count:]
         position += count
     if not on_host:

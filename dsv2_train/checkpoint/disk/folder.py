@@ -3,26 +3,29 @@
 The marker holds the digest of the manifest, the manifest the checksums of all files and tensors.
 """
 
+import errno
 import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 from dsv2_train.checkpoint.disk.manifest import FileEntry, Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.checkpoint.disk.target import sync
 
 _READ_BYTES = 4 << 20
 
 
 def start(folder: Path, step: int) -> Path:
-    """Make an empty temporary folder for a step; what earlier saves left behind is removed."""
+    """Make an empty temporary folder for a step; what was left behind unfinished is removed."""
     for leftover in layout.leftovers(folder):
-        shutil.rmtree(leftover)
+        _delete(leftover)
     temporary = layout.temporary_folder(folder, step)
     temporary.mkdir(parents=True)
     return temporary
@@ -52,14 +55,14 @@ def publish(temporary: Path, manifest: Manifest, contents: Mapping[str, bytes]) 
     entries = {name: _write(temporary / name, data) for name, data in contents.items()}
     text = replace(manifest, files={**manifest.files, **entries}).to_json().encode()
     _write(temporary / layout.MANIFEST, text)
-    _sync_folder(temporary)
+    sync(temporary)
     final = layout.step_folder(temporary.parent, manifest.step)
     if final.exists():
-        shutil.rmtree(final)
+        set_aside(final)
     temporary.rename(final)
-    _sync_folder(final.parent)
-    _write(final / layout.MARKER, _marker_of(text))
-    _sync_folder(final)
+    sync(final.parent)
+    _write(final / layout.MARKER, marker_of(text))
+    sync(final)
     return final
 
 
@@ -70,47 +73,141 @@ def open_verified(path: Path) -> tuple[Manifest, TrainState]:
     the data files; what is in the data files is verified by who reads it.
 
     Raises:
-        CheckpointError: for anything that is not as it was written, by name of file.
+        DamagedError: for anything that is not as it was written, by name of file.
+        CheckpointError: for one of another format version, or that may not be read.
     """
+    marker = _read(path / layout.MARKER)
     text = _read(path / layout.MANIFEST)
-    if _read(path / layout.MARKER) != _marker_of(text):
-        raise CheckpointError(
+    if marker != marker_of(text):
+        raise DamagedError(
             f"{path}: {layout.MANIFEST} and {layout.MARKER} do not belong together: one is damaged"
         )
-    manifest = Manifest.from_json(text.decode())
-    small = [name for name in manifest.files if not name.endswith(layout.DATA_SUFFIX)]
+    try:
+        manifest = Manifest.from_json(text)
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
+    small = [name for name in manifest.files if not is_data(name)]
     problems = _size_problems(path, manifest.files) or crc_problems(path, manifest, small)
     if problems:
-        raise CheckpointError("\n".join([f"{path}: damaged files:", *problems]))
-    state = TrainState.from_json(_read(path / layout.STATE).decode())
+        raise DamagedError("\n".join([f"{path}: damaged files:", *problems]))
+    try:
+        state = TrainState.from_json(_read(path / layout.STATE).decode(errors="replace"))
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
     if not layout.step_of(path) == manifest.step == state.step:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path}: {layout.MANIFEST} is of step {manifest.step} "
             f"and {layout.STATE} of step {state.step}"
         )
     return manifest, state
 
 
+@dataclass(frozen=True)
+class Newest:
+    """The newest checkpoint that can be opened.
+
+    Attributes:
+        path: its folder; None without one.
+        state: its clock; None without one.
+        damaged: what is wrong with the newer ones that are complete, newest first.
+        unfinished: what is wrong with the newer ones that are not.
+    """
+
+    path: Path | None
+    state: TrainState | None
+    damaged: tuple[str, ...]
+    unfinished: tuple[str, ...]
+
+
+def newest_intact(folder: Path) -> Newest:
+    """The newest checkpoint whose small files are intact; no tensor is read.
+
+    Raises:
+        CheckpointError: as by `open_verified`, for the first that is not damaged and cannot be
+            used.
+    """
+    damaged: list[str] = []
+    unfinished: list[str] = []
+    for path in reversed(layout.step_folders(folder)):
+        try:
+            _, state = open_verified(path)
+        except DamagedError as error:
+            (damaged if layout.is_complete(path) else unfinished).append(str(error))
+        else:
+            return Newest(path, state, tuple(damaged), tuple(unfinished))
+    return Newest(None, None, tuple(damaged), tuple(unfinished))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that is damaged or unfinished; nothing of it is lost."""
+    aside = layout.damaged_folder(path)
+    path.rename(aside)
+    sync(path.parent)
+    return aside
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; whenever this is interrupted, nothing that looks complete is left."""
+    doomed = layout.removed_folder(path)
+    if doomed.exists():
+        _delete(doomed)
+    path.rename(doomed)
+    sync(path.parent)
+    _delete(doomed)
+
+
+def is_data(name: str) -> bool:
+    """Whether a file of this name holds tensors."""
+    return name.endswith(layout.DATA_SUFFIX)
+
+
 def crc_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """A line for each of the named files whose bytes are not those that were written."""
-    return [
-        f"  - {name}: its CRC-32 is not the manifest's"
-        for name in names
-        if _crc32(path / name) != manifest.files[name].crc32
-    ]
+    return [line for name in names if (line := _crc_problem(path, manifest, name))]
 
 
-def _marker_of(manifest: bytes) -> bytes:
+def _crc_problem(path: Path, manifest: Manifest, name: str) -> str | None:
+    try:
+        with reading(path / name):
+            crc = _crc32(path / name)
+    except DamagedError as error:
+        return f"  - {error}"
+    wrong = crc != manifest.files[name].crc32
+    return f"  - {name}: its CRC-32 is not the manifest's" if wrong else None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tell a damaged file from one that may not be read.
+
+    Raises:
+        DamagedError: if there is no such file, or its disk cannot give it back.
+        CheckpointError: if the system refuses for another reason.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise DamagedError(f"{path.name}: missing") from error
+    except OSError as error:
+        kind = DamagedError if error.errno == errno.EIO else CheckpointError
+        raise kind(f"{path.name}: cannot be read: {error.strerror}") from error
+
+
+def marker_of(manifest: bytes) -> bytes:
+    """Content of the marker of a checkpoint that has this manifest."""
     return f"{hashlib.sha256(manifest).hexdigest()}\n".encode()
 
 
 def _size_problems(path: Path, files: Mapping[str, FileEntry]) -> list[str]:
     problems = []
     for name, entry in files.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size is None:
-            problems.append(f"  - {name}: missing")
-        elif size != entry.size_bytes:
+        try:
+            with reading(path / name):
+                size = (path / name).stat().st_size
+        except DamagedError as error:
+            problems.append(f"  - {error}")
+            continue
+        if size != entry.size_bytes:
             problems.append(f"  - {name}: found {size} bytes; written were {entry.size_bytes}")
     return problems
 
@@ -125,9 +222,15 @@ def _crc32(path: Path) -> int:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing") from error
+        with reading(path):
+            return path.read_bytes()
+    except CheckpointError as error:
+        raise type(error)(f"{path.parent}: {error}") from error
+
+
+def _delete(path: Path) -> None:
+    with suppress(FileNotFoundError):  # somebody else deletes it too
+        shutil.rmtree(path)
 
 
 def _write(path: Path, data: bytes) -> FileEntry:
@@ -136,11 +239,3 @@ def _write(path: Path, data: bytes) -> FileEntry:
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(len(data), zlib.crc32(data))
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,8 @@ checkpoints/
     manifest.json         every file and every tensor, with checksums
     COMPLETE              written last; holds the digest of the manifest
   .tmp_step_00000200/     one being written, or left behind by a crash
+  .tmp_removed_step_.../  one being removed, or left behind by a crash
+  damaged_step_00000300/  one that was found damaged, moved aside; never read, never removed
 """
 
 import re
@@ -24,10 +26,15 @@ CHECKPOINTS = "checkpoints"
 
 _STEP = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".tmp_"
+_DAMAGED = "damaged_"
 
 
 class CheckpointError(Exception):
     """A checkpoint cannot be written or used; the message names what is wrong and where."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was written; an older one may be."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -38,6 +45,21 @@ def step_folder(folder: Path, step: int) -> Path:
 def temporary_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is while it is written."""
     return folder / f"{_TEMPORARY}step_{step:08d}"
+
+
+def removed_folder(path: Path) -> Path:
+    """Where a checkpoint is while it is removed."""
+    return path.with_name(f"{_TEMPORARY}removed_{path.name}")
+
+
+def damaged_folder(path: Path) -> Path:
+    """Where a damaged checkpoint is moved to: a name that is free."""
+    number = 1
+    aside = path.with_name(f"{_DAMAGED}{path.name}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{_DAMAGED}{path.name}_{number}")
+    return aside
 
 
 def data_file(rank: int) -> str:
@@ -56,11 +78,17 @@ def is_complete(path: Path) -> bool:
     return step_of(path) is not None and (path / MARKER).is_file()
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints below a folder, oldest step first; empty if there is no such folder."""
+def step_folders(folder: Path) -> list[Path]:
+    """Folders of steps, complete or not, oldest step first; empty if there is no such folder."""
     if not folder.is_dir():
         return []
-    return sorted(filter(is_complete, folder.iterdir()), key=lambda path: step_of(path) or 0)
+    found = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: step_of(path) or 0)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints below a folder, oldest step first; empty if there is no such folder."""
+    return [path for path in step_folders(folder) if is_complete(path)]
 
 
 def latest_complete(folder: Path) -> Path | None:
@@ -69,8 +97,13 @@ def latest_complete(folder: Path) -> Path | None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Temporary folders that no save has finished."""
-    return sorted(folder.glob(f"{_TEMPORARY}step_*"))
+    """Temporary folders that no save or removal has finished."""
+    return sorted(folder.glob(f"{_TEMPORARY}*step_*"))
+
+
+def damaged_aside(folder: Path) -> list[Path]:
+    """Damaged checkpoints that were moved aside."""
+    return sorted(folder.glob(f"{_DAMAGED}step_*"))
 
 
 def checkpoint_at(path: Path) -> Path:

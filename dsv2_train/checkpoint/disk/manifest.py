@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 
 _FORMAT_VERSION = 1
 
@@ -84,28 +84,34 @@ class Manifest:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> "Manifest":
+    def from_json(cls, text: bytes) -> "Manifest":
         """Read what `to_json` wrote.
 
         Raises:
-            CheckpointError: for another format version and for text that is no manifest.
+            DamagedError: for text that is no manifest.
+            CheckpointError: for another format version.
         """
         try:
             values = json.loads(text)
             version = values["format_version"]
             if version != _FORMAT_VERSION:
                 raise CheckpointError(
-                    f"manifest: format_version: found {version!r}; "
-                    f"this dsv2_train reads {_FORMAT_VERSION}"
+                    f"manifest: format_version: found {version!r}; this dsv2_train reads "
+                    f"{_FORMAT_VERSION}; take the dsv2_train that wrote it, or another run.name"
                 )
             files = {
                 name: FileEntry(entry["size_bytes"], int(entry["crc32"], 16))
                 for name, entry in values["files"].items()
             }
             tensors = {key: _tensor_entry(entry) for key, entry in values["tensors"].items()}
-            return cls(values["step"], tensors, files)
+            step = values["step"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"manifest: cannot be read: {error!r}") from error
+            raise DamagedError(f"manifest: cannot be read: {error!r}") from error
+        used = {chunk.file for entry in tensors.values() for chunk in entry.chunks}
+        foreign = sorted((used - files.keys()) | {name for name in files if "/" in name})
+        if foreign:
+            raise DamagedError(f"manifest: {foreign[0]!r} is no file of this checkpoint")
+        return cls(step, tensors, files)
 
 
 def _tensor_values(entry: TensorEntry) -> dict[str, Any]:

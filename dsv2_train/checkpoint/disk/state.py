@@ -48,7 +48,8 @@ class TrainState:
         version = values.pop("schema_version", None)
         if version != _SCHEMA_VERSION:
             raise CheckpointError(
-                f"state: schema_version: found {version!r}; this dsv2_train reads {_SCHEMA_VERSION}"
+                f"state: schema_version: found {version!r}; this dsv2_train reads "
+                f"{_SCHEMA_VERSION}; take the dsv2_train that wrote it, or another run.name"
             )
         problems = _problems(values)
         if problems:

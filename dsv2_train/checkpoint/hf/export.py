@@ -12,11 +12,11 @@ from dsv2_train.checkpoint.dcp.read import read_pieces
 from dsv2_train.checkpoint.disk.checksum import add_checksums
 from dsv2_train.checkpoint.disk.folder import crc_problems
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.hf.config import CONFIG, config_of
+from dsv2_train.checkpoint.disk.target import new_folder
+from dsv2_train.checkpoint.hf.mapping.config import CONFIG, config_of
+from dsv2_train.checkpoint.hf.mapping.tensors import Cut
 from dsv2_train.checkpoint.hf.safetensors import DTYPES, INDEX, ITEM_BYTES, file_header
 from dsv2_train.checkpoint.hf.source import Source
-from dsv2_train.checkpoint.hf.target import new_folder, require_space
-from dsv2_train.checkpoint.hf.tensors import Cut
 from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.distributed.sharding import Piece
 
@@ -59,9 +59,8 @@ def export(
     item_bytes = ITEM_BYTES[DTYPES[source.dtype]]
     shards = plan_shards(source.cuts(), shard_bytes // item_bytes)
     num_bytes = item_bytes * sum(cut.numel for cuts in shards.values() for cut in cuts)
-    require_space(out, num_bytes)
     reader = _Reader(source)
-    with new_folder(out) as folder:
+    with new_folder(out, num_bytes) as folder:
         for name, cuts in shards.items():
             with (folder / name).open("xb") as file:
                 _write_shard(file, reader, cuts, source)

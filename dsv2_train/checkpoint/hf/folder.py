@@ -7,12 +7,13 @@ from typing import Any
 
 from dsv2_train.checkpoint.dcp.coverage import listing
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.hf.config import CONFIG
+from dsv2_train.checkpoint.hf.mapping.config import CONFIG
+from dsv2_train.checkpoint.hf.mapping.tensors import cuts
 from dsv2_train.checkpoint.hf.safetensors import DTYPES, INDEX, StoredTensor, read_header
-from dsv2_train.checkpoint.hf.tensors import cuts
 from dsv2_train.config.sections.model import ModelConfig
 
 _SINGLE = "model.safetensors"
+_ALLOWED = f"must be a Hugging Face folder: {CONFIG}, *.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -23,10 +24,12 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: if it is missing, or something else.
         OSError: if it cannot be read.
     """
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent}: no such folder; {_ALLOWED}")
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: holds no {path.name}; {_ALLOWED}")
     try:
         values = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -119,8 +122,6 @@ def _file_problems(folder: Path, names: Iterable[object]) -> Iterator[str]:
 
 
 def _no_weights(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: no such folder"
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if not pickles:
         return f"{folder}: holds neither {INDEX} nor {_SINGLE}"

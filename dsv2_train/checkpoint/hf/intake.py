@@ -20,20 +20,19 @@ from pathlib import Path
 import torch
 
 from dsv2_train.checkpoint.dcp.coverage import Range
-from dsv2_train.checkpoint.dcp.metadata import metadata_bytes
-from dsv2_train.checkpoint.dcp.write import WrittenPiece, write_pieces
+from dsv2_train.checkpoint.dcp.metadata import metadata_bytes, tensor_entries
+from dsv2_train.checkpoint.dcp.write import write_pieces
 from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.checksum import add_checksums
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.disk.manifest import Chunk, Manifest, TensorEntry
+from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.hf.config import CONFIG, model_of
+from dsv2_train.checkpoint.disk.target import new_folder
 from dsv2_train.checkpoint.hf.folder import check_tensors, read_json, stored_tensors
+from dsv2_train.checkpoint.hf.mapping.config import CONFIG, model_of
+from dsv2_train.checkpoint.hf.mapping.tensors import Cut, cuts
 from dsv2_train.checkpoint.hf.safetensors import StoredTensor
 from dsv2_train.checkpoint.hf.source import COMPANIONS
-from dsv2_train.checkpoint.hf.target import removed_on_failure, require_space
-from dsv2_train.checkpoint.hf.tensors import Cut, cuts
 from dsv2_train.config.load import model_to_yaml
 from dsv2_train.distributed.sharding import Piece
 
@@ -61,14 +60,14 @@ def import_folder(source: Path, out: Path) -> Path:
 
     Args:
         source: config.json and safetensors files.
-        out: where checkpoints are; made if it is not there.
+        out: folder to write; must not exist, or be empty.
 
     Returns:
         The checkpoint, complete and on the disk.
 
     Raises:
         CheckpointError: for a folder that is no DeepSeek-V2 that can be run here, for tensors that
-            are not those of its config, for damage, for a checkpoint that is there already, a disk
+            are not those of its config, for damage, for an `out` that is there already, a disk
             that is full. Nothing is left behind.
 
     Note:
@@ -76,21 +75,19 @@ def import_folder(source: Path, out: Path) -> Path:
         read once; nothing is unpickled.
     """
     try:
-        model, _ = model_of(read_json(source / CONFIG))
+        model, _ = model_of(read_json(source / CONFIG), source / CONFIG)
         found = stored_tensors(source)
         dtype = check_tensors(source, found, model)
         contents = {CONFIG: (source / CONFIG).read_bytes(), **_companions(source)}
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read: {error}") from error
-    final = layout.step_folder(out, _STEP)
-    if final.exists():
-        raise CheckpointError(f"{final}: is there already; give another --out, or remove it")
     contents[layout.CONFIG] = model_to_yaml(model).encode()
     contents[layout.STATE] = TrainState(_STEP, 0, 0, 0).to_json().encode()
     blocks = blocks_of(list(cuts(model)), found, dtype)
-    require_space(out, sum(block.place.numel for block in blocks) * _dtype(dtype).itemsize)
-    with removed_on_failure(layout.temporary_folder(out, _STEP)), removed_on_failure(final):
-        return _write(out, blocks, contents)
+    num_bytes = sum(block.place.numel for block in blocks) * _dtype(dtype).itemsize
+    with new_folder(out, num_bytes) as folder:
+        _write(folder, blocks, contents)
+    return layout.step_folder(out, _STEP)
 
 
 def blocks_of(
@@ -116,14 +113,14 @@ def blocks_of(
     return blocks
 
 
-def _write(out: Path, blocks: Sequence[Block], contents: dict[str, bytes]) -> Path:
+def _write(folder: Path, blocks: Sequence[Block], contents: dict[str, bytes]) -> None:
     name = layout.data_file(0)
-    temporary = folders.start(out, _STEP)
+    temporary = folders.start(folder, _STEP)
     entry, written = write_pieces(temporary / name, _pieces(blocks))
-    places = [(block.place, place) for block, place in zip(blocks, written, strict=True)]
-    contents[layout.METADATA] = metadata_bytes((name, *place) for place in places)
-    manifest = Manifest(_STEP, _tensor_entries(name, places), {name: entry})
-    return folders.publish(temporary, manifest, contents)
+    places = [(name, block.place, place) for block, place in zip(blocks, written, strict=True)]
+    contents[layout.METADATA] = metadata_bytes(places)
+    manifest = Manifest(_STEP, tensor_entries(places), {name: entry})
+    folders.publish(temporary, manifest, contents)
 
 
 def _pieces(blocks: Sequence[Block]) -> Iterator[Piece]:
@@ -143,25 +140,6 @@ def _fill(data: torch.Tensor, block: Block) -> None:
             if not count:
                 raise CheckpointError(f"{block.file}: ends inside {block.place.key}")
             left = left[count:]
-
-
-def _tensor_entries(
-    file: str, places: Sequence[tuple[Range, WrittenPiece]]
-) -> dict[str, TensorEntry]:
-    of_key: dict[str, list[tuple[Range, WrittenPiece]]] = {}
-    for item in places:
-        of_key.setdefault(item[0].key, []).append(item)
-    return {
-        key: TensorEntry(
-            shape=items[0][0].shape,
-            dtype=items[0][0].dtype,
-            checksum=add_checksums(place.checksum for _, place in items),
-            chunks=tuple(
-                Chunk(part.offset, part.numel, file, place.byte_offset) for part, place in items
-            ),
-        )
-        for key, items in of_key.items()
-    }
 
 
 def _companions(source: Path) -> dict[str, bytes]:

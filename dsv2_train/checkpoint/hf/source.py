@@ -9,9 +9,9 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.folder import open_verified
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import Manifest
-from dsv2_train.checkpoint.hf.config import CONFIG, Facts, longest_sequence, model_of
+from dsv2_train.checkpoint.hf.mapping.config import CONFIG, Facts, longest_sequence, model_of
+from dsv2_train.checkpoint.hf.mapping.tensors import WEIGHT, Cut, cuts
 from dsv2_train.checkpoint.hf.safetensors import DTYPES
-from dsv2_train.checkpoint.hf.tensors import WEIGHT, Cut, cuts
 from dsv2_train.config.load import check, check_model, read_values
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.config.sections.model import ModelConfig
@@ -37,7 +37,7 @@ class Source:
         dtype: element type of all weights, as torch names it.
         facts: what config.json tells besides.
         data_folder: what the run was trained on; None for weights that were imported.
-        companions: names of the files that came with imported weights.
+        companions: the files that came with imported weights, by name.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class Source:
     dtype: str
     facts: Facts
     data_folder: Path | None
-    companions: tuple[str, ...]
+    companions: dict[str, bytes]
 
     def cuts(self) -> list[Cut]:
         """Every Hugging Face tensor, in the order of the model."""
@@ -60,9 +60,18 @@ def open_source(path: Path) -> Source:
         path: a complete checkpoint, of a run or imported.
 
     Raises:
-        CheckpointError: for damage, and for weights that are not those of its config.yaml.
-        ConfigError: for a config.yaml that cannot be used.
+        CheckpointError: for damage, for what cannot be read, for a config.yaml that cannot be used,
+            and for weights that are not those of its model.
     """
+    try:
+        return _open(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path / layout.CONFIG}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _open(path: Path) -> Source:
     manifest, _ = open_verified(path)
     values = read_values(path / layout.CONFIG)
     model, problems = check_model(values.get("model"))
@@ -70,8 +79,9 @@ def open_source(path: Path) -> Source:
         raise ConfigError(problems)
     dtype = _dtype_of_weights(path, manifest, model)
     if CONFIG in manifest.files:
-        _, facts = model_of(json.loads((path / CONFIG).read_bytes()))
-        companions = tuple(name for name in COMPANIONS if name in manifest.files)
+        _, facts = model_of(json.loads((path / CONFIG).read_bytes()), path / CONFIG)
+        found = [name for name in COMPANIONS if name in manifest.files]
+        companions = {name: (path / name).read_bytes() for name in found}
         return Source(path, manifest, model, dtype, facts, None, companions)
     config, problems = check(values)
     if problems:
@@ -83,7 +93,7 @@ def open_source(path: Path) -> Source:
         device_balance_alpha=recipe.device_balance_alpha,
         communication_balance_alpha=recipe.communication_balance_alpha,
     )
-    return Source(path, manifest, model, dtype, facts, Path(config.data.path), ())
+    return Source(path, manifest, model, dtype, facts, Path(config.data.path), {})
 
 
 def _dtype_of_weights(path: Path, manifest: Manifest, model: ModelConfig) -> str:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk.layout import checkpoint_at
-from dsv2_train.checkpoint.hf.config import Facts
 from dsv2_train.checkpoint.hf.export import as_json, export
+from dsv2_train.checkpoint.hf.mapping.config import Facts
 from dsv2_train.checkpoint.hf.source import Source, open_source
 from dsv2_train.data.manifest import DataError
 from dsv2_train.data.tokenizer import hugging_face_files
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` reads."""
     parser.description = (
         "Write safetensors, index, config.json and tokenizer that transformers loads. Needs no GPU "
-        "and a few MiB of memory, whatever the model's size; every tensor is verified on the way."
+        "and 300 MiB of memory, whatever the model's size; every tensor is verified on the way."
     )
     parser.add_argument("checkpoint", type=Path, help="a run folder (its newest) or a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -35,17 +35,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folder and tell what is in it.
 
     Raises:
-        CheckpointError: for a checkpoint that is damaged, a target that is there or cannot hold it.
-        ConfigError: for a checkpoint whose configuration cannot be used.
+        CheckpointError: for a checkpoint that is damaged or whose configuration cannot be used, a
+            target that is there or cannot hold it.
         DataError: for a --data that cannot be used.
     """
     source = open_source(checkpoint_at(arguments.checkpoint))
     source, companions, told = _with_companions(source, arguments.data)
     done = export(source, arguments.out, arguments.shard_size, companions)
+    files = "one file" if done.num_files == 1 else f"{done.num_files:,} files"
     print(
         f"{arguments.out}: {source.path} as Hugging Face has it\n"
         f"  {done.num_tensors:,} tensors of {source.dtype}, {done.num_bytes:,} bytes in "
-        f"{done.num_files:,} files, each equal to its checksum\n"
+        f"{files}, each equal to its checksum\n"
         f"  {told}"
     )
     return 0
@@ -56,8 +57,8 @@ def _with_companions(
 ) -> tuple[Source, dict[str, bytes], str]:
     """The source with what the tokenizer tells, the files to go along, and what to say of them."""
     if data_folder is None and source.data_folder is None:
-        files = {name: (source.path / name).read_bytes() for name in source.companions}
-        return source, files, f"as imported: {', '.join(files) or 'no tokenizer'}"
+        told = ", ".join(source.companions) or "no tokenizer"
+        return source, source.companions, f"as imported: {told}"
     folder = data_folder or source.data_folder
     assert folder is not None
     try:

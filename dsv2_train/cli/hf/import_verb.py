@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("folder", type=Path, help="config.json and *.safetensors")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of checkpoints, best one of its own"
+        "--out", type=Path, required=True, help="folder to write, the checkpoint is in it"
     )
 
 
@@ -22,9 +22,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the checkpoint and tell where it is.
 
     Raises:
-        CheckpointError: for a folder that cannot be used, a checkpoint that is there already, a
-            disk that is full.
+        CheckpointError: for a folder that cannot be used, a target that is there or cannot hold
+            the weights.
     """
     path = import_folder(arguments.folder, arguments.out)
-    print(f"{path}: the weights of {arguments.folder}; no optimizer state, the clock is at zero")
+    print(
+        f"{path}: the weights of {arguments.folder}; no optimizer state, the clock is at zero\n"
+        f"  a run of the same model begins with them: checkpoint.init_from={arguments.out}"
+    )
     return 0

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dsv2_train.config.problems import Problem
-from dsv2_train.config.schedules import placement_shape
+from dsv2_train.config.run import RunConfig
 
 _SAME_MODEL = "the weights are those of another model"
 _SAME_ORDER = "the position in the data means other samples"
 _SAME_STATE = "the optimizer state has another form"
-_SAME_LAYOUT = "a checkpoint goes on with the layout that wrote it"
 
 _REFUSED = {
     "model": _SAME_MODEL,
@@ -19,12 +17,10 @@ _REFUSED = {
     "data": _SAME_ORDER,
     "recipe.sequence_length": _SAME_ORDER,
     "recipe.precision": _SAME_STATE,
-    "parallel.world_size": _SAME_LAYOUT,
-    "parallel.pp": _SAME_LAYOUT,
-    "parallel.chunks": _SAME_LAYOUT,
-    "parallel.ep": _SAME_LAYOUT,
-    "parallel.layers_per_chunk": _SAME_LAYOUT,
 }
+
+# They make a budget of steps another one of tokens, of which the milestones are shares.
+_BATCH = ("recipe.global_batch_size", "recipe.batch_ramp")
 
 
 @dataclass(frozen=True)
@@ -50,22 +46,34 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     ]
 
 
-def refused(found: list[Change], folder: Path) -> list[Problem]:
-    """The changes that would make a resumed run another run."""
-    problems: list[Problem] = []
-    for change in found:
-        reason = next((why for key, why in _REFUSED.items() if _is_in(change.path, key)), None)
-        if change.path == "parallel.schedule" and _moves_chunks(change):
-            reason = _SAME_LAYOUT
-        if reason is not None:
-            advice = f"{folder} was trained with {change.before}: {reason}; choose another run.name"
-            problems.append(Problem(change.path, change.now, advice))
-    return problems
+def refused(found: list[Change], config: RunConfig) -> list[Problem]:
+    """The changes that would make a resumed run another run.
+
+    Args:
+        found: what differs from the configuration of its checkpoint.
+        config: what it is to do now.
+    """
+    return [
+        Problem(change.path, change.now, why)
+        for change in found
+        if (why := _why_refused(change, config)) is not None
+    ]
 
 
-def _moves_chunks(change: Change) -> bool:
-    """Whether two schedules place two chunks differently; for other numbers all place alike."""
-    return placement_shape(str(change.before), 2) != placement_shape(str(change.now), 2)
+def _why_refused(change: Change, config: RunConfig) -> str | None:
+    if change.path == "checkpoint.init_from" and change.now is not None:
+        return f"must be {change.before} or null: {config.run.folder} has begun, and goes on"
+    if config.recipe.num_tokens is None and any(_is_in(change.path, key) for key in _BATCH):
+        return (
+            f"may change from {change.before} only with a budget in tokens: set recipe.num_tokens, "
+            "of which learning rate milestones are shares; recipe.num_steps may stay as the end"
+        )
+    reason = next((why for key, why in _REFUSED.items() if _is_in(change.path, key)), None)
+    if reason is None:
+        return None
+    return (
+        f"{config.run.folder} was trained with {change.before}: {reason}; choose another run.name"
+    )
 
 
 def _is_in(path: str, key: str) -> bool:

@@ -8,7 +8,13 @@ from pathlib import Path
 
 _TRACEBACK_LINES = 15
 # Errors whose message says where, what and what to do: a traceback would only hide it.
-_PLAIN_ERRORS = ("ConfigError", "DataError", "CheckpointError", "FloatingPointError")
+_PLAIN_ERRORS = (
+    "ConfigError",
+    "DataError",
+    "CheckpointError",
+    "DamagedError",
+    "FloatingPointError",
+)
 _KILLED_RANK = re.compile(r"rank\s+: (\d+) [^\n]*\n\s+exitcode\s+: -(\d+) ")
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.checkpoint.disk.folder import Newest, newest_intact
+from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
+from dsv2_train.cli.launch.begin_from import can_begin_from
 from dsv2_train.cli.launch.changes import Change, changes, refused
 from dsv2_train.cli.launch.devices import too_few_devices
 from dsv2_train.config.load import read_values, to_yaml
@@ -23,10 +24,11 @@ class Launch:
 
     Attributes:
         config: what it is to do now.
-        checkpoint: its newest complete checkpoint; None without one.
+        checkpoint: its newest intact checkpoint, as far as small files tell; None without one.
         clock: how far that checkpoint is.
         changes: what differs from the configuration of that checkpoint.
         overrides: what the user gave; the same line goes on with the run.
+        passed_over: what is wrong with newer checkpoints.
     """
 
     config: RunConfig
@@ -34,6 +36,7 @@ class Launch:
     clock: Clock
     changes: tuple[Change, ...]
     overrides: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -66,17 +69,24 @@ class Launch:
         parallel = self.config.parallel
         name, done = self.config.run.name, self.clock.step
         total = self.schedule.last_step(self.clock)
+        passed_over = [f"CHECKPOINT PASSED OVER  {each}" for each in self.passed_over]
         if self.is_finished:
-            return (
-                f"run {name} is finished: {done} of {total} steps, in {self.folder}\n"
-                f"  its checkpoint: {self.checkpoint}; its pictures: {self.folder / 'plots'}\n"
-                f"  train longer: recipe.num_steps={2 * total}; train anew: run.name=another"
+            return "\n".join(
+                [
+                    *passed_over,
+                    f"run {name} is finished: {done} of {total} steps, in {self.folder}",
+                    f"  its checkpoint: {self.checkpoint}; its pictures: {self.folder / 'plots'}",
+                    f"  train longer: recipe.num_steps={2 * total}; train anew: run.name=another",
+                ]
             )
         begins = "begins" if self.checkpoint is None else f"goes on after step {done}"
+        weights = self.config.checkpoint.init_from
+        if self.checkpoint is None and weights is not None:
+            begins += f" with the weights of {checkpoint_at(Path(weights))}"
         ranks = (
             f"{parallel.world_size} ranks (PP {parallel.pp}, DP {parallel.dp}, EP {parallel.ep})"
         )
-        lines = [f"run {name} {begins}: {total} steps, {ranks}"]
+        lines = [*passed_over, f"run {name} {begins}: {total} steps, {ranks}"]
         if self.changes:
             lines += [f"changed since step {done}:", *(f"  {each}" for each in self.changes)]
         return "\n".join(lines)
@@ -120,36 +130,44 @@ def inspect(
     unwritable = list(passing_over_absent(_can_be_written, config))
     if problems or unwritable:
         raise ConfigError([*found, *unwritable])
-    checkpoint = layout.latest_complete(config.run.checkpoint_folder)
     clock, changed = Clock(), list[Change]()
-    if checkpoint is not None:
-        try:
-            before = read_values(checkpoint / layout.CONFIG)
+    try:
+        newest = _newest(config.run.checkpoint_folder)
+        if newest.path is not None and newest.state is not None:
+            clock = Clock(newest.state.step, newest.state.consumed_samples)
+            before = read_values(newest.path / layout.CONFIG)
             changed = changes(before, config.model_dump(mode="json"))
-            found += refused(changed, config.run.folder)
-            clock = _clock(checkpoint)
-        except ConfigError as error:
-            found += error.problems
+            found += refused(changed, config)
+        else:
+            found += passing_over_absent(can_begin_from, config)
+    except ConfigError as error:
+        found += error.problems
     if found:
         raise ConfigError(found)
-    return Launch(config, checkpoint, clock, tuple(changed), tuple(overrides))
+    passed_over = (*newest.damaged, *newest.unfinished)
+    return Launch(config, newest.path, clock, tuple(changed), tuple(overrides), passed_over)
 
 
-def _clock(checkpoint: Path) -> Clock:
-    """How far a checkpoint is.
+def _newest(folder: Path) -> Newest:
+    """The checkpoint to go on from, as far as it can be told without reading tensors.
 
     Raises:
-        ConfigError: if it does not say so.
+        ConfigError: if there are checkpoints and none can be used.
     """
-    path = checkpoint / layout.STATE
     try:
-        state = TrainState.from_json(path.read_text())
-    except (OSError, UnicodeDecodeError, CheckpointError) as error:
-        reason = " ".join(str(error).split())
-        remedy = f"restore it, or delete {checkpoint} to go on from the one before"
-        allowed = f"must be the clock of a checkpoint ({reason}); {remedy}"
-        raise ConfigError([Problem(str(path), None, allowed)]) from error
-    return Clock(state.step, state.consumed_samples)
+        newest = newest_intact(folder)
+    except CheckpointError as error:
+        allowed = f"must hold checkpoints that this dsv2_train reads ({_one_line(error)})"
+        raise ConfigError([Problem(str(folder), None, allowed)]) from error
+    if newest.path is None and newest.damaged:
+        allowed = "must hold an intact checkpoint; bring one back from a copy, or choose another"
+        damaged = "; ".join(map(_one_line, newest.damaged))
+        raise ConfigError([Problem(str(folder), damaged, f"{allowed} run.name to train anew")])
+    return newest
+
+
+def _one_line(what: object) -> str:
+    return " ".join(str(what).split())
 
 
 def _one_node(config: RunConfig) -> Iterator[Problem]:

@@ -15,8 +15,15 @@ class CheckpointConfig(Section):
     `on_failure`: what a checkpoint that cannot be written does to a run; it can `stop` at the next
     step, or tell and `go_on`, with another attempt at the next checkpoint. That of the end must be
     written.
+    `init_from`: a checkpoint, or a run that has one, whose weights a run begins with; clock and
+    optimizer are new. A run that has a checkpoint of its own goes on from that.
+    `keep_last`: when a checkpoint is complete, older ones than the newest so many are removed; null
+    keeps all. `keep_every_steps`: except those whose step is a multiple of it.
     """
 
     every_steps: PositiveInt
     asynchronous: bool = True
     on_failure: Literal["stop", "go_on"] = "stop"
+    init_from: str | None = None
+    keep_last: PositiveInt | None = None
+    keep_every_steps: PositiveInt | None = None

@@ -18,17 +18,19 @@ from dsv2_train.recipe.flops import ForwardFlops, chunk_forward_flops
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a device reaches, in TFLOP/s.
+    """What a device and its link to the next stage's reach.
 
     Attributes:
         products_tflops: products with weights.
         attention_tflops: the attention core forward.
         attention_grad_tflops: the same backward.
+        link_gb_per_s: what one stage sends to another, in GB/s.
     """
 
     products_tflops: float
     attention_tflops: float
     attention_grad_tflops: float
+    link_gb_per_s: float
 
 
 def model_costs(
@@ -37,9 +39,11 @@ def model_costs(
     sequence_length: int,
     speeds: Speeds,
     recompute: Sequence[Recomputed] = (),
-    communication_s: float = 0.0,
+    *,
+    num_sequences: int = 1,
+    element_bytes: int = 2,
 ) -> Costs:
-    """How long F, B and W of a microbatch of one sequence take on each virtual stage.
+    """How long F, B, W and messages of a microbatch take.
 
     Args:
         model: architecture.
@@ -47,18 +51,20 @@ def model_costs(
         sequence_length: tokens a sequence.
         speeds: of the device.
         recompute: as in `ParallelConfig`; a part of B.
-        communication_s: as in `Costs`.
+        num_sequences: of a microbatch.
+        element_bytes: of what crosses between stages.
 
     Returns:
-        Seconds. 5.9, 9.6 and 4.6 ms for each layer of DeepSeek-V2 at 4096 tokens, speeds of 600,
-        555 and 420 TFLOP/s and `mla_up_projection` recomputed.
+        Seconds. 5.9, 9.6 and 4.6 ms for each layer of DeepSeek-V2 and 0.84 ms a message, at 4096
+        tokens, speeds of 600, 555 and 420 TFLOP/s, 50 GB/s and `mla_up_projection` recomputed.
     """
+    num_tokens = num_sequences * sequence_length
     each = chunk_forward_flops(model, layers, sequence_length, "causal")
     qk, v = model.qk_head_dim, model.v_head_dim
     core_grads = (3 * qk + 2 * v) / (qk + v)
 
     def seconds(flops: float, tflops: float) -> float:
-        return flops * sequence_length / (tflops * 1e12)
+        return flops * num_tokens / (tflops * 1e12)
 
     products_s = [seconds(one.total - one.attention_core, speeds.products_tflops) for one in each]
     core_s = [seconds(one.attention_core, speeds.attention_tflops) for one in each]
@@ -73,7 +79,10 @@ def model_costs(
         forward_s=tuple(map(sum, zip(products_s, core_s, strict=True))),
         input_grad_s=tuple(map(sum, zip(products_s, core_grad_s, again_s, strict=True))),
         weight_grad_s=tuple(products_s),
-        communication_s=communication_s,
+        communication_s=num_tokens
+        * model.hidden_size
+        * element_bytes
+        / (speeds.link_gb_per_s * 1e9),
     )
 
 

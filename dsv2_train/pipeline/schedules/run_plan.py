@@ -10,21 +10,28 @@ from dsv2_train.pipeline.schedules.build import build_plan
 from dsv2_train.pipeline.schedules.model_costs import Speeds, model_costs
 from dsv2_train.pipeline.simulate import Simulation, simulate
 
-# What an H800 reaches: products in bf16, FlashAttention forward and backward. Only their ratios
-# decide the order of a search.
-REFERENCE_SPEEDS = Speeds(600.0, 555.0, 420.0)
+# Only ratios decide the order of a search. An H800 reaches these in bf16 and FlashAttention, over
+# InfiniBand of 400 Gbit/s; a core these in fp32, over memory that it shares.
+H800 = Speeds(600.0, 555.0, 420.0, 50.0)
+CPU = Speeds(0.1, 0.1, 0.1, 1.0)
+
+_ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 def run_costs(config: RunConfig) -> Costs:
-    """Durations of a run's chunks for a micro-batch at `REFERENCE_SPEEDS`."""
-    one_sample = model_costs(
+    """Durations of a run's chunks and messages for a micro-batch.
+
+    At the speeds of a core where `cluster.device` is cpu, of an H800 elsewhere.
+    """
+    return model_costs(
         config.model,
         config.parallel.split(config.model.num_layers),
         config.recipe.sequence_length,
-        REFERENCE_SPEEDS,
+        CPU if config.cluster.device == "cpu" else H800,
         config.parallel.recompute,
+        num_sequences=config.recipe.micro_batch_size,
+        element_bytes=_ELEMENT_BYTES[config.recipe.precision],
     )
-    return one_sample.scaled(config.recipe.micro_batch_size)
 
 
 def run_plan(config: RunConfig, num_microbatches: int) -> Plan:

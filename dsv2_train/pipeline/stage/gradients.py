@@ -1,6 +1,7 @@
 """When a chunk's gradients are reduced and its weights are gathered: as early as a plan allows."""
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
@@ -8,8 +9,27 @@ from torch import Tensor
 from dsv2_train.ops.main_grad import Deferred
 
 
+class GradientSync(Protocol):
+    """Hears from a stage where a step is with a chunk's gradients and weights."""
+
+    def gather_weights(self) -> None:
+        """Start to gather weights: they are about to be read."""
+
+    def begin(self) -> None:
+        """Take the gradients that come from now on for incomplete ones."""
+
+    def before_last_backward(self) -> None:
+        """Take those of the next backward pass for the last: the chunk's last op is a BW."""
+
+    def add_last(self, pending: Iterable[Deferred]) -> None:
+        """Add these, which are the last: the chunk's last op is a W."""
+
+    def finish(self) -> None:
+        """Wait until gradients can be read."""
+
+
 class ChunkSync:
-    """What the executor tells megatron-core's data-parallel wrapper of a chunk.
+    """A `GradientSync` for megatron-core's data-parallel wrapper of a chunk.
 
     The wrapper's hooks count a gradient as complete at the backward pass of the last micro-batch,
     when a W that comes later has not added to it. So they are held back until the op that completes
@@ -39,15 +59,15 @@ class ChunkSync:
                 if not group.param_gather_dispatched:
                     group.start_param_sync()
 
-    def hold_back(self) -> None:
+    def begin(self) -> None:
         """Before the first gradient of a step."""
         self._set_last(False)
 
-    def let_go(self) -> None:
+    def before_last_backward(self) -> None:
         """Before the BW that completes the gradients."""
         self._set_last(True)
 
-    def complete(self, pending: Iterable[Deferred]) -> None:
+    def add_last(self, pending: Iterable[Deferred]) -> None:
         """Add the last gradients; a bucket's reduction starts with the last weight in it."""
         gradients = list(pending)
         self._set_last(True)

@@ -193,7 +193,7 @@ def test_a_save_that_fails_at_any_moment_leaves_the_last_checkpoint(
 ) -> None:
     later = replace(STATE, step=200)
     calls = iter(range(1000))
-    write, sync = folder._write, folder._sync_folder
+    write, sync = folder._write, folder.sync
 
     def failing(function: Callable[..., Any], moment: int) -> Callable[..., Any]:
         def wrapped(*args: Any) -> Any:
@@ -208,7 +208,7 @@ def test_a_save_that_fails_at_any_moment_leaves_the_last_checkpoint(
         calls = iter(range(1000))
         with monkeypatch.context() as patch:
             patch.setattr(folder, "_write", failing(write, moment))
-            patch.setattr(folder, "_sync_folder", failing(sync, moment))
+            patch.setattr(folder, "sync", failing(sync, moment))
             try:
                 manager.save(later, pieces_of(tensors(seed=1)), CONFIG)
                 outcomes.append("saved")
@@ -309,7 +309,7 @@ def test_a_newer_format_is_refused(manager: CheckpointManager, saved: Path) -> N
     manifest = saved / layout.MANIFEST
     text = manifest.read_text().replace('"format_version": 1', '"format_version": 2')
     manifest.write_text(text)
-    (saved / layout.MARKER).write_bytes(folder._marker_of(text.encode()))
+    (saved / layout.MARKER).write_bytes(folder.marker_of(text.encode()))
     with pytest.raises(CheckpointError, match="format_version: found 2; this dsv2_train reads 1"):
         manager.restore(pieces_of(blank()))
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk import manifest as manifests
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.config.load import to_yaml
 from dsv2_train.config.run import RunConfig
@@ -40,13 +42,10 @@ def write_data_folder(folder: Path, vocab_size: int) -> None:
 
 
 def write_checkpoint(config: RunConfig, step: int) -> Path:
-    """A run folder's complete checkpoint of a run from its beginning, as far as a launch looks."""
-    folder = layout.step_folder(config.run.checkpoint_folder, step)
-    folder.mkdir(parents=True)
-    (folder / layout.CONFIG).write_text(to_yaml(config))
+    """A run folder's complete checkpoint of a run from its beginning, without tensors."""
     schedule = Schedule(config.recipe, config.optim)
     clock = schedule.clock_at_step(step)
     state = TrainState(step, clock.consumed_samples, schedule.consumed_tokens(clock), step)
-    (folder / layout.STATE).write_text(state.to_json())
-    (folder / layout.MARKER).write_text("")
-    return folder
+    contents = {layout.CONFIG: to_yaml(config).encode(), layout.STATE: state.to_json().encode()}
+    temporary = folders.start(config.run.checkpoint_folder, step)
+    return folders.publish(temporary, manifests.Manifest(step, {}, {}), contents)

@@ -85,8 +85,8 @@ def test_a_tokenizer_that_was_changed_is_not_taken(
         (["export", "nowhere", "--out", "hf"], "nowhere: no such folder; must be a run folder"),
         (["export", "run", "--out", "run"], "run: is there already; give another --out"),
         (["export", "run", "--out", "run/config.yaml/x"], "run/config.yaml"),
-        (["import", "nowhere", "--out", "a"], "nowhere: config.json is missing"),
-        (["import", "run", "--out", "a"], "run: config.json is missing"),
+        (["import", "nowhere", "--out", "a"], "nowhere: no such folder; must be a Hugging Face"),
+        (["import", "run", "--out", "a"], "run: holds no config.json; must be a Hugging Face"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(

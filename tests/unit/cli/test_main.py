@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.cli import main as cli
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.data.manifest import DataError
@@ -21,9 +22,12 @@ def test_config_error_is_two_lines_and_no_traceback(capsys: pytest.CaptureFixtur
     assert told.err == "1 configuration problem:\n  - optim.lr: found -1; must be positive\n"
 
 
-def test_data_error_is_its_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", [DataError, CheckpointError])
+def test_its_line_and_no_traceback(
+    kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
     def run() -> int:
-        raise DataError("data/mine: no such folder")
+        raise kind("data/mine: no such folder")
 
     assert cli.report_errors(run) == 2
     assert capsys.readouterr().err == "data/mine: no such folder\n"
@@ -52,7 +56,16 @@ def test_verb_gets_its_arguments_and_returns_the_status(capsys: pytest.CaptureFi
     assert "2 configuration problems" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "status"), [([], 0), (["--help"], 0), (["fly"], 2)])
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ([], 0),
+        (["--help"], 0),
+        (["checkpoint", "--help"], 0),
+        (["checkpoint", "fly"], 2),
+        (["fly"], 2),
+    ],
+)
 def test_help_and_unknown_verbs(
     words: list[str], status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +79,7 @@ def test_help_and_unknown_verbs(
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([verb, "--help"])
+        cli.main([*verb.split(), "--help"])
     assert ended.value.code == 0
     assert f"usage: dsv2 {verb} " in capsys.readouterr().out
 

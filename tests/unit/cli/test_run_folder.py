@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.folder import marker_of
 from dsv2_train.cli.compose import compose_values
 from dsv2_train.cli.launch import __main__ as launcher
 from dsv2_train.cli.launch.run_folder import inspect
@@ -91,31 +93,66 @@ def test_a_run_that_has_its_tokens_is_finished_whatever_the_batch() -> None:
     assert "run r is finished: 400 of 400 steps" in launch.describe()
 
 
-@pytest.mark.parametrize(
-    "content", [None, b"", b"{}", b"\xff", b'{"schema_version": 1, "step": 1}']
-)
-def test_a_checkpoint_that_does_not_tell_its_clock_is_one_plain_problem(
-    content: bytes | None,
+SMALL_FILES = [layout.STATE, layout.CONFIG, layout.MANIFEST]
+
+
+@pytest.mark.parametrize("name", [*SMALL_FILES, layout.MARKER])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff"])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_goes_on(
+    name: str, content: bytes | None
 ) -> None:
-    state = write_checkpoint(config(), 10) / "state.json"
-    state.unlink()
+    write_checkpoint(config(), 10)
+    damage(write_checkpoint(config("optim.lr=1"), 20) / name, content)
+    launch = inspect(config())
+    assert launch.clock == Clock(10, 80)
+    assert launch.changes == (), "told against the checkpoint that is gone on from"
+    first, *_, last = launch.describe().splitlines()
+    assert first.startswith("CHECKPOINT PASSED OVER  ")
+    assert "step_00000020" in first
+    assert name in launch.describe()
+    assert last.startswith("run r goes on after step 10")
+
+
+def damage(path: Path, content: bytes | None) -> None:
+    path.unlink()
     if content is not None:
-        state.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"step_00000010/state\.json: .* clock of a checkpoint"):
-        inspect(config())
+        path.write_bytes(content)
 
 
-def test_a_damaged_clock_hides_no_other_problem() -> None:
-    (write_checkpoint(config(), 10) / "state.json").unlink()
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_if_all_are_damaged_no_run_begins_anew(name: str) -> None:
+    for step in (10, 20):
+        damage(write_checkpoint(config(), step) / name, b"x")
     with pytest.raises(ConfigError) as caught:
-        inspect(config("run.seed=4", "parallel.world_size=16", "recipe.global_batch_size=32"))
+        inspect(config("parallel.world_size=16", "recipe.global_batch_size=32"))
     paths = [problem.path.rpartition("/")[2] for problem in caught.value.problems]
-    assert sorted(set(paths)) == ["parallel.world_size", "run.seed", "state.json"]
+    assert paths == ["parallel.world_size", "checkpoints"], "it hides no other problem"
+    told = str(caught.value)
+    assert all(word in told for word in ("step_00000010", "step_00000020", name, "run.name"))
+    assert len(told.splitlines()) == 3
+
+
+def test_a_newer_format_is_refused_in_one_line() -> None:
+    path = write_checkpoint(config(), 10)
+    text = (path / layout.MANIFEST).read_text()
+    text = text.replace('"format_version": 1', '"format_version": 2')
+    (path / layout.MANIFEST).write_text(text)
+    (path / layout.MARKER).write_bytes(marker_of(text.encode()))
+    write_checkpoint(config(), 5)
+    with pytest.raises(ConfigError) as caught:
+        inspect(config())
+    [problem] = caught.value.problems
+    assert "format_version: found 2; this dsv2_train reads 1; take the dsv2_train" in str(problem)
+    assert "step_00000010" in str(problem)
 
 
 def test_an_unfinished_checkpoint_does_not_count() -> None:
     (write_checkpoint(config(), 10) / "COMPLETE").unlink()
-    assert inspect(config("model.num_layers=3", "run.seed=4")).checkpoint is None
+    launch = inspect(config("model.num_layers=3", "run.seed=4"))
+    assert launch.checkpoint is None
+    first, last = launch.describe().splitlines()
+    assert first.endswith("step_00000010: COMPLETE: missing")
+    assert last.startswith("run r begins")
 
 
 def test_all_changes_that_mean_another_run_are_refused_at_once() -> None:
@@ -141,7 +178,7 @@ def test_the_checkpoint_decides_not_the_last_launch() -> None:
 
 def test_one_node_is_the_limit() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.world_size: found 16; must be at most"):
-        inspect(config("parallel.world_size=16", "recipe.global_batch_size=32"))
+        inspect(config("parallel.world_size=16", "recipe.micro_batch_size=1"))
 
 
 def test_config_is_written_and_the_one_before_is_kept() -> None:

@@ -35,7 +35,7 @@ def commands(*overrides: str, device: str = "cpu") -> dict[str, str]:
 
 def test_every_command_would_be_accepted() -> None:
     told = commands()
-    assert list(told) == ["train longer", "another layout", "on one GPU"]
+    assert list(told) == ["train longer", "in another layout", "on one GPU"]
     for line in told.values():
         program, *overrides = shlex.split(line)
         assert program == "launch/local.sh"
@@ -60,8 +60,8 @@ def test_one_gpu_is_not_offered_for_another_model_or_data_or_after_a_run_on_gpus
 
 
 def test_a_layout_that_does_not_fit_is_not_offered() -> None:
-    assert "another layout" not in commands("parallel.pp=4", "parallel.ep=1")
-    assert "another layout" not in commands("parallel=single")
+    assert "in another layout" not in commands("parallel.pp=4", "parallel.ep=1")
+    assert "in another layout" not in commands("parallel=single")
 
 
 def test_the_end_that_is_told_is_that_of_the_clock() -> None:

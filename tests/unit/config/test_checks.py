@@ -44,6 +44,10 @@ DISAGREEING = [
     (["model.num_experts_per_tok=13"], "model.num_experts_per_tok"),
     (["model.qk_rope_head_dim=15"], "model.qk_rope_head_dim"),
     (["model.num_dense_layers=5"], "model.num_dense_layers"),
+    (
+        ["checkpoint.keep_last=null", "checkpoint.keep_every_steps=100"],
+        "checkpoint.keep_every_steps",
+    ),
     (["parallel.pp=8", "parallel.world_size=16"], "parallel.pp"),
     (["parallel.layers_per_chunk=[2,1]"], "parallel.layers_per_chunk"),
     (["parallel.layers_per_chunk=[2,1,1]"], "parallel.layers_per_chunk"),
@@ -83,7 +87,16 @@ DISAGREEING = [
         ["parallel.schedule=zb_v", "parallel.chunks=2", "parallel.pp=1", "parallel.ep=4"],
         "parallel.chunks",
     ),
-    (["parallel.linear=te"], "parallel.linear"),
+    (
+        ["parallel.bucket_size=1000", "parallel.overlap_grad_reduce=false"],
+        "parallel.bucket_size",
+    ),
+    (["monitor.profile.torch_ranks=[1]"], "monitor.profile.torch_ranks"),
+    (["monitor.profile.timeline_steps=[3,9999]"], "monitor.profile.timeline_steps"),
+    (
+        ["monitor.profile.torch_first_step=9999", "monitor.profile.torch_last_step=9999"],
+        "monitor.profile.torch_first_step",
+    ),
     (["parallel.max_activations=4"], "parallel.max_activations"),
     (
         ["parallel.schedule=search", "parallel.chunks=2", "parallel.max_activations=1"],
@@ -113,7 +126,7 @@ def test_sections_that_disagree(overrides: list[str], path: str) -> None:
         ["model.num_layers=5", "parallel.layers_per_chunk=[3,2]"],
         ["parallel.schedule=zb_v", "parallel.chunks=2"],
         ["parallel.schedule=search", "parallel.max_activations=2"],
-        ["parallel.schedule=1f1b", "parallel.linear=te"],
+        ["parallel.schedule=zb_h1", "parallel.linear=te"],
         ["model.num_experts_per_tok=12"],
         ["recipe.batch_ramp={start_batch_size:4,ramp_tokens:9,multiple_of:4}"],
         ["model.yarn={factor:4,original_max_position:64}"],
@@ -216,7 +229,6 @@ def test_a_check_is_passed_over_for_a_wrong_field_and_not_for_a_misspelt_one(
         checks.cross_check(partial)
 
 
-CHUNKED = ["parallel.schedule=interleaved", "parallel.chunks=1"]
 LAYOUTS = st.fixed_dictionaries(
     {
         "model.num_layers": st.integers(2, 80),
@@ -224,7 +236,6 @@ LAYOUTS = st.fixed_dictionaries(
         "parallel.chunks": st.sampled_from([1, 1, 2, 3]),
         "parallel.schedule": st.sampled_from(SCHEDULES),
         "parallel.max_activations": st.sampled_from(["null", 1, 2, 4]),
-        "parallel.linear": st.sampled_from(["auto", "auto", "te"]),
         "recipe.global_batch_size": st.sampled_from([16, 24, 48]),
     }
 )
@@ -265,7 +276,6 @@ def rule(problem: Problem) -> Problem:
             ["parallel.schedule=interleaved", "parallel.pp=1", "parallel.ep=4"],
             ["parallel.schedule=1f1b", "parallel.schedule=zb_h1", "parallel.schedule=search"],
         ),
-        (["parallel.linear=te", "parallel.chunks=2", "parallel.schedule=1f1b"], CHUNKED),
         (
             ["parallel.schedule=zb_v", "parallel.chunks=2", "parallel.pp=1", "parallel.ep=4"],
             ["parallel.schedule=1f1b parallel.chunks=1"],

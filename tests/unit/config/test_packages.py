@@ -51,14 +51,12 @@ def test_an_adamw_that_is_asked_for_and_missing_is_told_by_the_table(
         choose_adam(choice, CUDA)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "served"), [("1f1b", "transformer_engine"), ("zb_h1", "torch")]
-)
-def test_linears_whose_weight_gradients_must_wait_are_not_transformer_engine_s(
-    monkeypatch: pytest.MonkeyPatch, schedule: str, served: str
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_what_transformer_engine_serves_it_serves_under_every_schedule(
+    monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
     monkeypatch.setattr(packages, "find_spec", lambda name: name)
     parallel = ParallelConfig(world_size=2).model_copy(update={"schedule": schedule})
     choices = choose(parallel, CUDA)
-    assert choices["linear"].implementation == served
-    assert choices["norm"].implementation == "transformer_engine"
+    for op in ("linear", "norm", "attention"):
+        assert choices[op].implementation == "transformer_engine"

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dsv2_train.checkpoint.hf.names import hf_tensors
+from dsv2_train.checkpoint.hf.mapping.names import hf_tensors
 from dsv2_train.cli.compose import compose_values
 from dsv2_train.config.load import check
 from dsv2_train.config.run import RunConfig

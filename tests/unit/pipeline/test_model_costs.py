@@ -10,7 +10,7 @@ from dsv2_train.pipeline.schedules.model_costs import (
     model_costs,
     split_layers,
 )
-from dsv2_train.pipeline.schedules.run_plan import REFERENCE_SPEEDS
+from dsv2_train.pipeline.schedules.run_plan import H800
 from tests.unit.recipe.presets import preset
 
 V2_RUN = preset("dsv2_236b_pretrain")
@@ -32,15 +32,25 @@ CORE_GRAD = 2 * 128 * (3 * 192 + 2 * 128) * (TOKENS + 1) / 2 * TOKENS
 
 
 def test_a_layer_of_deepseek_v2_by_hand() -> None:
-    costs = model_costs(V2, (20, 20, 20), TOKENS, REFERENCE_SPEEDS, communication_s=1e-3)
-    assert costs.communication_s == 1e-3
+    costs = model_costs(V2, (20, 20, 20), TOKENS, H800)
+    assert costs.communication_s == pytest.approx(TOKENS * 5120 * 2 / 50e9)
     assert costs.forward_s[1] / 20 == pytest.approx(products_s(LAYER) + CORE / 555e12)
     assert costs.input_grad_s[1] / 20 == pytest.approx(products_s(LAYER) + CORE_GRAD / 420e12)
     assert costs.weight_grad_s[1] / 20 == pytest.approx(products_s(LAYER))
 
 
+def test_a_microbatch_of_several_sequences_takes_as_many_times_as_long() -> None:
+    one, two = (
+        model_costs(V2, (30, 30), TOKENS, H800, num_sequences=count, element_bytes=4 // count)
+        for count in (1, 2)
+    )
+    assert two.forward_s == pytest.approx([2 * each for each in one.forward_s])
+    assert two.weight_grad_s == pytest.approx([2 * each for each in one.weight_grad_s])
+    assert two.communication_s == one.communication_s
+
+
 def test_the_head_is_on_the_last_virtual_stage() -> None:
-    costs = model_costs(V2, (30, 30), TOKENS, REFERENCE_SPEEDS)
+    costs = model_costs(V2, (30, 30), TOKENS, H800)
     head = products_s(102_400 * 5120)
     dense_instead = products_s(3 * 5120 * 12_288 - EXPERTS - 160 * 5120)  # of the first layer
     for each in (costs.forward_s, costs.input_grad_s, costs.weight_grad_s):
@@ -56,8 +66,8 @@ def test_the_head_is_on_the_last_virtual_stage() -> None:
     ],
 )
 def test_what_is_recomputed_is_a_part_of_b(recompute: list, weights: int) -> None:
-    plain = model_costs(V2, (30, 30), TOKENS, REFERENCE_SPEEDS)
-    again = model_costs(V2, (30, 30), TOKENS, REFERENCE_SPEEDS, recompute)
+    plain = model_costs(V2, (30, 30), TOKENS, H800)
+    again = model_costs(V2, (30, 30), TOKENS, H800, recompute)
     assert again.forward_s == plain.forward_s
     assert again.weight_grad_s == plain.weight_grad_s
     more_s = again.input_grad_s[1] - plain.input_grad_s[1]
@@ -67,7 +77,7 @@ def test_what_is_recomputed_is_a_part_of_b(recompute: list, weights: int) -> Non
 def test_the_head_in_layers() -> None:
     head, layer = 3 * products_s(102_400 * 5120), 3 * products_s(LAYER)
     layer += CORE / 555e12 + CORE_GRAD / 420e12
-    assert head_layers(V2, TOKENS, REFERENCE_SPEEDS) == pytest.approx(head / layer, rel=1e-3)
+    assert head_layers(V2, TOKENS, H800) == pytest.approx(head / layer, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +95,7 @@ def test_split_of_11_layers_and_a_head_of_a_layer(place: Placement, split: tuple
 def test_the_split_of_the_papers_layout() -> None:
     parallel = V2_RUN.parallel
     length = V2_RUN.recipe.sequence_length
-    head = head_layers(V2, length, REFERENCE_SPEEDS, parallel.recompute)
+    head = head_layers(V2, length, H800, parallel.recompute)
     assert split_layers(V2.num_layers, parallel.placement, head) == parallel.layers_per_chunk
 
 

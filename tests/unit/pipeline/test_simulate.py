@@ -59,6 +59,12 @@ def test_a_bubble_counts_the_idle_time_of_all_stages() -> None:
     assert simulation.bubble == pytest.approx(1 - 6 / 12)
 
 
+def _both_at_last_b(ops: tuple[Op, ...]) -> list[Op]:
+    """The last B as a BW, which completes the gradients of its chunk before earlier W."""
+    last, both = Op(Kind.B, 5, 0), Op(Kind.BW, 5, 0)
+    return [both if op == last else op for op in ops if op != Op(Kind.W, 5, 0)]
+
+
 BROKEN = [
     (
         swapped(ZB, 3, Op(Kind.F, 2, 0), Op(Kind.B, 2, 0)),
@@ -71,6 +77,10 @@ BROKEN = [
     (
         swapped(ZB, 1, Op(Kind.F, 0, 0), Op(Kind.F, 1, 0)),
         "stage 1 runs F of microbatch 0, chunk 0 after a later microbatch",
+    ),
+    (
+        with_ops(ZB, 3, _both_at_last_b(ZB.ops[3])),
+        "stage 3 runs W of microbatch 2, chunk 0 after a later microbatch",
     ),
     (
         with_ops(ZB, 2, [op for op in ZB.ops[2] if op != Op(Kind.W, 4, 0)]),

@@ -64,7 +64,7 @@ def test_turning_points_after_the_end_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (ON_2048, [(2304, 18, 0.2750), (9216, 72, 0.0828)]),
+        (ON_2048, [(2304, 18, 0.2924), (9216, 72, 0.0917)]),
         (
             preset("dsv2_lite_pretrain", "parallel=single", "parallel.world_size=8"),
             [(4608, 576, 0.0)],
@@ -72,7 +72,7 @@ def test_turning_points_after_the_end_are_left_out() -> None:
     ],
 )
 def test_bubbles(config: RunConfig, expected: list[tuple[int, int, float]]) -> None:
-    """On 2048 ranks 128 pipelines share a batch; 1F1B idles 15 / 33 and 15 / 87 at least."""
+    """On 2048 ranks 128 pipelines share a batch; and every message takes 0.84 ms."""
     found = make_report(config).bubbles
     assert [(bubble.global_batch_size, bubble.num_microbatches) for bubble in found] == [
         (batch_size, microbatches) for batch_size, microbatches, _ in expected

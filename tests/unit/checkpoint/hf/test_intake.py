@@ -15,12 +15,12 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.folder import open_verified
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.hf.config import CONFIG
 from dsv2_train.checkpoint.hf.export import export
 from dsv2_train.checkpoint.hf.intake import blocks_of, import_folder
+from dsv2_train.checkpoint.hf.mapping.config import CONFIG
+from dsv2_train.checkpoint.hf.mapping.tensors import cuts
 from dsv2_train.checkpoint.hf.safetensors import INDEX, StoredTensor
 from dsv2_train.checkpoint.hf.source import open_source
-from dsv2_train.checkpoint.hf.tensors import cuts
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.load import check_model, read_values
 from dsv2_train.config.run import RunConfig
@@ -163,7 +163,7 @@ def test_a_config_that_cannot_be_run_is_refused(folder: Path, tmp_path: Path) ->
     values |= {"tie_word_embeddings": True, "attention_bias": True}
     (folder / CONFIG).write_text(json.dumps(values))
     told = refusal(folder, tmp_path / "out").splitlines()
-    assert told[0] == "config.json: 2 reasons why this model cannot be run here:"
+    assert told[0] == f"{folder / CONFIG}: 2 reasons why this model cannot be run here:"
 
 
 class Bomb:
@@ -250,21 +250,25 @@ def test_no_byte_of_a_header_ends_in_another_error(folder: Path, tmp_path: Path)
 
 
 def test_nothing_there(tmp_path: Path, folder: Path) -> None:
-    assert "nowhere: config.json is missing" in refusal(tmp_path / "nowhere", tmp_path / "out")
+    assert "nowhere: no such folder; must be" in refusal(tmp_path / "nowhere", tmp_path / "out")
     for path in folder.glob("model*"):
         path.unlink()
     assert "holds neither model.safetensors.index.json" in refusal(folder, tmp_path / "out")
+    (folder / CONFIG).unlink()
+    assert "hf: holds no config.json; must be" in refusal(folder, tmp_path / "out")
 
 
-def test_a_checkpoint_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
-    path = import_folder(folder, tmp_path / "out")
-    before = {each.name: each.stat().st_mtime_ns for each in path.iterdir()}
-    assert "step_00000000: is there already" in refusal(folder, tmp_path / "out")
-    assert {each.name: each.stat().st_mtime_ns for each in path.iterdir()} == before
+def test_the_checkpoints_of_a_run_are_no_place(
+    folder: Path, tmp_path: Path, config: RunConfig
+) -> None:
+    checkpoints = config.run.checkpoint_folder
+    before = {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*")}
+    assert f"{checkpoints}: is there already; give another --out" in refusal(folder, checkpoints)
+    assert {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*")} == before
 
 
-def test_a_disk_that_fills_leaves_nothing(folder: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_a_disk_that_fills_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new"
     with files_up_to(50_000):
-        assert "File too large" in refusal(folder, tmp_path / "new")
-        assert "File too large" in refusal(folder, config.run.checkpoint_folder)
-    assert [path.name for path in config.run.checkpoint_folder.iterdir()] == ["step_00000005"]
+        told = refusal(folder, out)
+    assert told == f"{out}: not written: [Errno 27] File too large; nothing is left behind"

@@ -5,10 +5,11 @@ Keys are those of the released models.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.hf.rope import (
+from dsv2_train.checkpoint.hf.mapping.rope import (
     KEY_OF_YARN_FIELD,
     rope_fields,
     rope_problems,
@@ -128,15 +129,22 @@ def config_of(model: ModelConfig, facts: Facts, dtype: str) -> dict[str, Any]:
     }
 
 
-def model_of(values: Mapping[str, Any]) -> tuple[ModelConfig, Facts]:
+def model_of(values: Mapping[str, Any], path: Path) -> tuple[ModelConfig, Facts]:
     """The model that a config.json describes.
 
     Latent scales are 1: a released model has them in its norms.
+
+    Args:
+        values: its content.
+        path: where it is, for the message.
 
     Raises:
         CheckpointError: for what is no DeepSeek-V2, or none that can be run here; every reason is
             listed.
     """
+    if values.get("model_type") != _MODEL_TYPE:
+        problem = Problem("model_type", values.get("model_type"), f"must be {_MODEL_TYPE}")
+        raise CheckpointError(f"{path}: another architecture: {problem}")
     ours = {field: values[key] for field, key in _KEY_OF_FIELD.items() if key in values}
     if values.get("topk_method", _GREEDY) == _GREEDY:
         ours |= {"num_device_groups": 1, "num_limited_devices": 1}
@@ -148,7 +156,7 @@ def model_of(values: Mapping[str, Any]) -> tuple[ModelConfig, Facts]:
         *map(_in_their_words, wrong),
     ]
     if problems:
-        heading = f"{CONFIG}: {len(problems)} reasons why this model cannot be run here:"
+        heading = f"{path}: {len(problems)} reasons why this model cannot be run here:"
         raise CheckpointError("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
     keys = _KEY_OF_FACT | _KEY_OF_ALPHA
     told: dict[str, Any] = {field: values.get(key) for field, key in keys.items()}
@@ -156,8 +164,6 @@ def model_of(values: Mapping[str, Any]) -> tuple[ModelConfig, Facts]:
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
-    if values.get("model_type") != _MODEL_TYPE:
-        yield Problem("model_type", values.get("model_type"), f"must be {_MODEL_TYPE}")
     if values.get("architectures") not in (None, [_ARCHITECTURE]):
         yield Problem("architectures", values["architectures"], f"must be [{_ARCHITECTURE}]")
     for key, only in _FIXED.items():

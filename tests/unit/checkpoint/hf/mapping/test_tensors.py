@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dsv2_train.checkpoint.hf.export import plan_shards
+from dsv2_train.checkpoint.hf.mapping.tensors import Cut, cuts, global_tensors
 from dsv2_train.checkpoint.hf.safetensors import file_header
-from dsv2_train.checkpoint.hf.tensors import Cut, cuts, global_tensors
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import cpu_ranks
@@ -52,6 +52,73 @@ def test_the_files_of_a_preset_list_exactly_the_released_tensors(
         found |= {name: tuple(entry["shape"]) for name, entry in entries.items()}
     assert found == released_tensors(model)
     assert (len(found), total, len(shards)) == (num_tensors, num_bytes, num_files)
+
+
+# Facts sheet 7.1: shapes of the 236B model and of Lite, by name; the last layer stands for all.
+LAST = {"dsv2_236b": "model.layers.59", "dsv2_lite": "model.layers.26"}
+SHAPES: dict[str, dict[str, list[int] | None]] = {
+    "dsv2_236b": {
+        "model.embed_tokens.weight": [102400, 5120],
+        "lm_head.weight": [102400, 5120],
+        "model.norm.weight": [5120],
+        "LAST.input_layernorm.weight": [5120],
+        "LAST.post_attention_layernorm.weight": [5120],
+        "LAST.self_attn.q_a_proj.weight": [1536, 5120],
+        "LAST.self_attn.q_a_layernorm.weight": [1536],
+        "LAST.self_attn.q_b_proj.weight": [24576, 1536],
+        "LAST.self_attn.q_proj.weight": None,
+        "LAST.self_attn.kv_a_proj_with_mqa.weight": [576, 5120],
+        "LAST.self_attn.kv_a_layernorm.weight": [512],
+        "LAST.self_attn.kv_b_proj.weight": [32768, 512],
+        "LAST.self_attn.o_proj.weight": [5120, 16384],
+        "model.layers.0.mlp.gate_proj.weight": [12288, 5120],
+        "model.layers.0.mlp.up_proj.weight": [12288, 5120],
+        "model.layers.0.mlp.down_proj.weight": [5120, 12288],
+        "LAST.mlp.gate.weight": [160, 5120],
+        "LAST.mlp.experts.159.gate_proj.weight": [1536, 5120],
+        "LAST.mlp.experts.159.up_proj.weight": [1536, 5120],
+        "LAST.mlp.experts.159.down_proj.weight": [5120, 1536],
+        "LAST.mlp.experts.160.down_proj.weight": None,
+        "LAST.mlp.shared_experts.gate_proj.weight": [3072, 5120],
+        "LAST.mlp.shared_experts.up_proj.weight": [3072, 5120],
+        "LAST.mlp.shared_experts.down_proj.weight": [5120, 3072],
+        "model.layers.60.input_layernorm.weight": None,
+    },
+    "dsv2_lite": {
+        "model.embed_tokens.weight": [102400, 2048],
+        "lm_head.weight": [102400, 2048],
+        "model.norm.weight": [2048],
+        "LAST.input_layernorm.weight": [2048],
+        "LAST.post_attention_layernorm.weight": [2048],
+        "LAST.self_attn.q_a_proj.weight": None,
+        "LAST.self_attn.q_a_layernorm.weight": None,
+        "LAST.self_attn.q_b_proj.weight": None,
+        "LAST.self_attn.q_proj.weight": [3072, 2048],
+        "LAST.self_attn.kv_a_proj_with_mqa.weight": [576, 2048],
+        "LAST.self_attn.kv_a_layernorm.weight": [512],
+        "LAST.self_attn.kv_b_proj.weight": [4096, 512],
+        "LAST.self_attn.o_proj.weight": [2048, 2048],
+        "model.layers.0.mlp.gate_proj.weight": [10944, 2048],
+        "model.layers.0.mlp.up_proj.weight": [10944, 2048],
+        "model.layers.0.mlp.down_proj.weight": [2048, 10944],
+        "LAST.mlp.gate.weight": [64, 2048],
+        "LAST.mlp.experts.63.gate_proj.weight": [1408, 2048],
+        "LAST.mlp.experts.63.up_proj.weight": [1408, 2048],
+        "LAST.mlp.experts.63.down_proj.weight": [2048, 1408],
+        "LAST.mlp.experts.64.down_proj.weight": None,
+        "LAST.mlp.shared_experts.gate_proj.weight": [2816, 2048],
+        "LAST.mlp.shared_experts.up_proj.weight": [2816, 2048],
+        "LAST.mlp.shared_experts.down_proj.weight": [2048, 2816],
+        "model.layers.27.input_layernorm.weight": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_names_and_shapes_of_a_preset_are_the_released_ones(name: str) -> None:
+    found = {cut.part.name: list(cut.part.shape) for cut in cuts(preset(name).model)}
+    wanted = {key.replace("LAST", LAST[name]): shape for key, shape in SHAPES[name].items()}
+    assert {key: found.get(key) for key in wanted} == wanted
 
 
 @pytest.mark.parametrize(

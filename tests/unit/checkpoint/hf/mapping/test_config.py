@@ -1,16 +1,18 @@
 """config.json says the model truly, and what we cannot run is refused with every reason."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.hf.config import Facts, config_of, longest_sequence, model_of
+from dsv2_train.checkpoint.hf.mapping.config import Facts, config_of, longest_sequence, model_of
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.sections.model import ModelConfig, YarnConfig
 from tests.helpers.hf import config_json
 from tests.helpers.tiny import tiny_config
 
+PATH = Path("hf") / "config.json"
 FACTS = Facts(4096, 100_000, 100_001, 0.003, 0.05, 0.02)
 YARN = ("model.yarn.factor=40", "model.yarn.original_max_position=4096")
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -86,7 +88,7 @@ def values(*overrides: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_there_and_back(shape: str) -> None:
     written = values(*SHAPES[shape])
-    assert model_of(written) == (model(*SHAPES[shape]), FACTS)
+    assert model_of(written, PATH) == (model(*SHAPES[shape]), FACTS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -116,14 +118,17 @@ def test_a_4k_model_has_no_yarn_block(preset: str) -> None:
     assert (written["initializer_range"], "aux_loss_alpha" in written) == (0.006, False)
 
 
-def test_after_the_long_stage_the_block_is_the_released_one() -> None:
-    written = values(*YARN)
+@pytest.mark.parametrize("preset", ["dsv2_lite", "dsv2_236b"])
+def test_after_the_long_stage_the_block_is_the_released_one(preset: str) -> None:
+    longer = resolve([f"experiment={preset}_pretrain", *YARN], need_data=False).model
+    written = config_of(longer, Facts(longest_sequence(longer, 32_768)), "bfloat16")
     assert written["rope_scaling"] == RELEASED_YARN | {"rope_type": "yarn"}
-    assert longest_sequence(model(*YARN), 24) == 163_840
+    assert written["rope_theta"] == 10_000
+    assert written["max_position_embeddings"] == 163_840
 
 
 def test_the_released_lite_is_our_preset_with_yarn() -> None:
-    read, facts = model_of(RELEASED_LITE)
+    read, facts = model_of(RELEASED_LITE, PATH)
     preset = resolve(["experiment=dsv2_lite_pretrain"], need_data=False).model
     yarn = YarnConfig(factor=40.0, original_max_position=4096)
     assert read == preset.model_copy(update={"yarn": yarn, "init_std": 0.02})
@@ -134,16 +139,15 @@ def test_rope_as_transformers_5_writes_it() -> None:
     block = {**RELEASED_YARN, "rope_type": "yarn", "rope_theta": 50.0}
     written = values(rope_parameters=block)
     del written["rope_scaling"], written["rope_theta"]
-    read, _ = model_of(written)
+    read, _ = model_of(written, PATH)
     assert (read.rope_theta, read.yarn) == (50.0, model(*YARN).yarn)
     plain = values(rope_parameters={"rope_type": "default", "rope_theta": 50.0})
-    assert model_of(plain)[0].yarn is None
+    assert model_of(plain, PATH)[0].yarn is None
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "deepseek_v3"}, "model_type: found 'deepseek_v3'; must be deepseek_v2"),
         ({"architectures": ["LlamaForCausalLM"]}, "architectures: found"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu'; must be 'silu'"),
         ({"attention_bias": True}, "attention_bias: found True"),
@@ -189,7 +193,7 @@ def test_rope_as_transformers_5_writes_it() -> None:
 )
 def test_what_cannot_be_run_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(CheckpointError) as error:
-        model_of(values(**changes))
+        model_of(values(**changes), PATH)
     lines = str(error.value).splitlines()
     assert [line for line in lines[1:] if line.startswith(f"  - {told}")], lines
 
@@ -198,10 +202,10 @@ def test_every_reason_is_told_at_once() -> None:
     wrong = values(tie_word_embeddings=True, hidden_act="relu", n_group=5, vocab_size=0)
     del wrong["v_head_dim"], wrong["topk_group"]
     with pytest.raises(CheckpointError) as error:
-        model_of(wrong)
+        model_of(wrong, PATH)
     told = [line.partition(":")[0] for line in str(error.value).splitlines()]
     assert told == [
-        "config.json",
+        "hf/config.json",
         "  - hidden_act",
         "  - tie_word_embeddings",
         "  - vocab_size",
@@ -211,7 +215,16 @@ def test_every_reason_is_told_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("junk", [{}, {"model_type": "deepseek_v2"}, {"num_hidden_layers": []}])
-def test_an_empty_or_strange_config_is_refused(junk: dict[str, Any]) -> None:
+@pytest.mark.parametrize("found", [None, "llama", "deepseek_v3", ["deepseek_v2"]])
+def test_another_architecture_is_told_in_a_line(found: object) -> None:
+    with pytest.raises(CheckpointError) as error:
+        model_of({"model_type": found, "hidden_size": 64}, PATH)
+    told = f"hf/config.json: another architecture: model_type: found {found!r}; must be deepseek_v2"
+    assert str(error.value) == told
+
+
+@pytest.mark.parametrize("more", [{}, {"num_hidden_layers": []}])
+def test_an_empty_or_strange_config_is_refused(more: dict[str, Any]) -> None:
+    junk = {"model_type": "deepseek_v2", **more}
     with pytest.raises(CheckpointError, match="hidden_size: missing"):
-        model_of(junk)
+        model_of(junk, PATH)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsv2_train.checkpoint.hf.names import HfTensor, hf_tensors
+from dsv2_train.checkpoint.hf.mapping.names import HfTensor, hf_tensors
 from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.distributed.sharding import GlobalTensor
 

@@ -1,0 +1,1 @@
+"""The verbs that look at checkpoints and remove them."""

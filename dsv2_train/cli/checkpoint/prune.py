@@ -1,0 +1,50 @@
+"""`dsv2 checkpoint prune`: remove checkpoints that are not to be kept."""
+
+import argparse
+from pathlib import Path
+
+from dsv2_train.checkpoint.disk.folder import remove
+from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.retention import Retention, superseded
+from dsv2_train.cli.checkpoint.folders import folder_of_run, human, size_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `run` reads."""
+    parser.description = (
+        "Remove complete checkpoints but the newest N and, with --keep-every, those whose step is "
+        "a multiple of K. Damaged ones that were moved aside are left for you to remove."
+    )
+    parser.add_argument("run_folder", type=Path, help="a run folder, or its checkpoints folder")
+    parser.add_argument("--keep-last", type=_count, required=True, metavar="N", help="at least 1")
+    parser.add_argument("--keep-every", type=_count, metavar="K", help="steps")
+    parser.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Remove, and tell what is freed.
+
+    Raises:
+        CheckpointError: where there is none, and for one that cannot be removed.
+    """
+    folder = folder_of_run(arguments.run_folder)
+    paths = superseded(folder, Retention(arguments.keep_last, arguments.keep_every))
+    word = "would be removed" if arguments.dry_run else "removed"
+    freed = 0
+    for path in paths:
+        size = size_of(path)
+        if not arguments.dry_run:
+            try:
+                remove(path)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from error
+        print(f"{path}: {word}, {human(size)}")
+        freed += size
+    print(f"{len(paths)} checkpoints {word}, {human(freed)}")
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; must be a whole number, at least 1")
+    return int(text)
