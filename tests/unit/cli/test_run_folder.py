@@ -178,7 +178,7 @@ def test_the_checkpoint_decides_not_the_last_launch() -> None:
 
 def test_one_node_is_the_limit() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.world_size: found 16; must be at most"):
-        inspect(config("parallel.world_size=16", "recipe.micro_batch_size=1"))
+        inspect(config("parallel.world_size=16", "recipe.global_batch_size=32"))
 
 
 def test_config_is_written_and_the_one_before_is_kept() -> None:
