@@ -48,7 +48,7 @@ def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> Restored | N
         The clock, or None where no checkpoint was ever completed.
 
     Raises:
-        DamagedError: on every rank, if there are complete checkpoints and all are damaged.
+        DamagedError: on every rank, if there are checkpoints and all are damaged.
         CheckpointError: on every rank, for differences from this run.
 
     Note:
@@ -65,7 +65,7 @@ def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> Restored | N
         else:
             aside = partial(_set_aside, passed_over, path)
             return Restored(state, ranks.first(aside))
-    if ranks.first(lambda: layout.complete_checkpoints(folder)):
+    if ranks.first(lambda: layout.was_saved_to(folder)):
         heading = f"{folder}: no checkpoint of this run is intact:"
         raise DamagedError("\n".join([heading, *passed_over.values(), _NONE_LEFT]))
     return None

@@ -177,6 +177,17 @@ def test_if_all_are_damaged_nothing_is_begun_or_changed(intact: Path, tmp_path: 
         assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+def test_markers_of_all_are_not_lost_by_a_crash(intact: Path, tmp_path: Path) -> None:
+    """One folder without a marker may be a first save that was cut off: the run begins anew."""
+    shutil.copytree(intact, tmp_path / "run")
+    for step in (OLDER, NEWEST):
+        (layout.step_folder(tmp_path / "run", step) / layout.MARKER).unlink()
+    with pytest.raises(DamagedError, match="no checkpoint of this run is intact"):
+        CheckpointManager(tmp_path / "run", 10).restore(cut(0, 1, None))
+    shutil.rmtree(layout.step_folder(tmp_path / "run", NEWEST))
+    assert CheckpointManager(tmp_path / "run", 10).restore(cut(0, 1, None)) is None
+
+
 def restore_on(rank: int, world_size: int, path: Path) -> tuple[TrainState | None, bool, str]:
     manager, pieces = CheckpointManager(path, 10), cut(rank, world_size, None)
     state = manager.restore(pieces)
