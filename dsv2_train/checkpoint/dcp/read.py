@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv2_train.checkpoint.disk.checksum import add_checksums, tensor_checksum
 from dsv2_train.checkpoint.disk.folder import reading
-from dsv2_train.checkpoint.disk.layout import DamagedError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 from dsv2_train.checkpoint.disk.manifest import Chunk, Manifest
 from dsv2_train.distributed.sharding import Piece
 
@@ -68,6 +68,8 @@ def read_pieces(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> li
                 _fill(descriptor, read)
             part = tensor_checksum(read.target, read.offset)
             checksums[index] = add_checksums((checksums[index], part))
+    except CheckpointError as error:
+        raise type(error)(f"{folder}: {error}") from error
     finally:
         _close(descriptor)
     return checksums

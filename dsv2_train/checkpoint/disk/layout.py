@@ -96,6 +96,12 @@ def latest_complete(folder: Path) -> Path | None:
     return next(reversed(complete_checkpoints(folder)), None)
 
 
+def was_saved_to(folder: Path) -> bool:
+    """Whether a save was completed here once; a first one that is cut off may leave one folder."""
+    paths = step_folders(folder)
+    return len(paths) > 1 or any(map(is_complete, paths))
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Temporary folders that no save or removal has finished."""
     return sorted(folder.glob(f"{_TEMPORARY}*step_*"))

@@ -175,7 +175,7 @@ def test_a_file_that_goes_away_meanwhile_is_one_clear_error(
 ) -> None:
     source = open_source(saved[0])
     (saved[0] / layout.data_file(0)).unlink()
-    with pytest.raises(CheckpointError, match=r"No such file.*__0_0.distcp.*nothing is left"):
+    with pytest.raises(CheckpointError, match=r"step_00000005: __0_0.distcp: missing"):
         export(source, tmp_path / "out", SMALL, {})
     assert not (tmp_path / "out").exists()
 
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
 def test_what_cannot_be_read_is_a_line(saved: tuple[Path, list[Piece]]) -> None:
     (saved[0] / layout.MANIFEST).unlink()
     (saved[0] / layout.MANIFEST).mkdir()
-    with pytest.raises(CheckpointError, match=r"step_00000005: cannot be read: .* Is a directory"):
+    with pytest.raises(CheckpointError, match=r"step_00000005: manifest.json: missing"):
         open_source(saved[0])
 
 
