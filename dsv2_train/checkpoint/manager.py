@@ -56,6 +56,11 @@ class CheckpointManager:
         """Step of the checkpoint that is being written, None if there is none; equal on ranks."""
         return None if self._under_way is None else self._under_way.step
 
+    @property
+    def staging_bytes(self) -> int:
+        """Host memory of this rank that `begin` copies to."""
+        return 0 if self._staging is None else self._staging.size_bytes
+
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after this step."""
         return step > 0 and step % self.every_steps == 0

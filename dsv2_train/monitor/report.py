@@ -47,6 +47,7 @@ class StartUp:
         first_step: steps already done.
         total_steps: steps of the run.
         total_tokens: tokens of the run.
+        staging_bytes: host memory of a rank for asynchronous checkpoints; 0 if there are none.
         implementations: ops and what serves them.
     """
 
@@ -65,6 +66,7 @@ class StartUp:
     first_step: int
     total_steps: int
     total_tokens: int
+    staging_bytes: int
     implementations: Sequence[ImplementationRow]
 
 
@@ -142,6 +144,15 @@ def _facts(start: StartUp) -> Iterable[tuple[str, str]]:
         f"{start.num_microbatches:,} of {start.micro_batch_size} samples on each pipeline",
     )
     yield "steps", f"{start.first_step:,} to {start.total_steps:,}, {start.total_tokens:,} tokens"
+    yield "checkpoints", _checkpoints(start.staging_bytes)
+
+
+def _checkpoints(staging_bytes: int) -> str:
+    if not staging_bytes:
+        return "training waits until they are written"
+    return (
+        f"written behind training, from {staging_bytes / 2**30:.2f} GiB of this rank's host memory"
+    )
 
 
 def _by_stage(parameters: tuple[int, ...]) -> str:

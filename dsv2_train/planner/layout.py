@@ -25,6 +25,7 @@ class StagePlan:
         forward_flops_per_token: causal convention.
         memory: model state on each of its ranks, by kind.
         bytes_per_rank: the kinds together.
+        host_bytes_per_rank: host memory for the copy of an asynchronous checkpoint, else 0.
         first_rank: lowest rank; the ranks of a stage are consecutive.
         last_rank: highest rank.
         first_node: machine of `first_rank`.
@@ -40,6 +41,7 @@ class StagePlan:
     forward_flops_per_token: int
     memory: RankMemory
     bytes_per_rank: int
+    host_bytes_per_rank: int
     first_rank: int
     last_rank: int
     first_node: int
@@ -98,6 +100,7 @@ def plan_stages(config: RunConfig) -> tuple[StagePlan, ...]:
             forward_flops_per_token=sum(flops[idx].total for idx in chunks),
             memory=memory,
             bytes_per_rank=memory.total_bytes,
+            host_bytes_per_rank=memory.checkpoint_bytes if config.checkpoint.asynchronous else 0,
             first_rank=ranks[0],
             last_rank=ranks[-1],
             first_node=ranks[0] // per_node,

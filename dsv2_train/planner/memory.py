@@ -22,15 +22,18 @@ class RankMemory:
         weight_bytes: parameters the rank computes with.
         gradient_bytes: accumulation buffer, as large on every rank as its parameters (ZeRO-1).
         optimizer_bytes: masters and moments of the share that the rank owns.
+        checkpoint_bytes: that share as the rank writes it: weights, masters, moments; no memory of
+            its own, but for the copy of an asynchronous checkpoint.
     """
 
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    checkpoint_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """All three together."""
+        """Weights, gradients and optimizer state together."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
@@ -56,6 +59,7 @@ def rank_memory(held: ParameterCount, parallel: ParallelConfig, precision: str) 
         weight_bytes=_WEIGHT_BYTES[precision] * held.total,
         gradient_bytes=_GRADIENT_BYTES[precision] * held.total,
         optimizer_bytes=_OPTIMIZER_BYTES[precision] * owned,
+        checkpoint_bytes=(_WEIGHT_BYTES[precision] + _OPTIMIZER_BYTES[precision]) * owned,
     )
 
 

@@ -106,12 +106,15 @@ def _ranks(report: Report) -> Table:
 def _memory(report: Report) -> Table:
     rows = []
     for what, pp_rank in (("fullest", report.fullest_stage), ("emptiest", report.emptiest_stage)):
-        memory = report.stages[pp_rank].memory
+        stage = report.stages[pp_rank]
+        memory = stage.memory
         parts = (memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes)
-        sizes = [f"{size / _GIB:.2f}" for size in (*parts, memory.total_bytes)]
-        rows.append((what, str(pp_rank), f"{report.stages[pp_rank].parameters_per_rank:,}", *sizes))
-    columns = ("rank", "stage", "parameters", "weights", "gradients", "optimizer", "all")
-    return _table("Model state on a rank, in GiB", columns, rows)
+        all_parts = (*parts, memory.total_bytes, stage.host_bytes_per_rank)
+        sizes = [f"{size / _GIB:.2f}" for size in all_parts]
+        rows.append((what, str(pp_rank), f"{stage.parameters_per_rank:,}", *sizes))
+    columns = ("rank", "stage", "parameters", "weights", "gradients", "optimizer", "all", "host")
+    title = "Model state on a rank, in GiB; host: its copy for asynchronous checkpoints"
+    return _table(title, columns, rows)
 
 
 def _bubbles(report: Report) -> Table:

@@ -175,5 +175,6 @@ def _start_up(run: Run, choices: list[Choice]) -> StartUp:
         first_step=run.clock.step,
         total_steps=run.schedule.last_step(run.clock),
         total_tokens=run.schedule.consumed_tokens(run.schedule.end(run.clock)),
+        staging_bytes=run.checkpoints.staging_bytes,
         implementations=choices,
     )

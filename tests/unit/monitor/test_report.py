@@ -33,6 +33,7 @@ START = StartUp(
     first_step=100,
     total_steps=400,
     total_tokens=1_638_400,
+    staging_bytes=3 << 29,
     implementations=(
         Row("attention", "sdpa", "no CUDA device"),
         Row("experts", "loop", "fastest on a CPU"),
@@ -68,6 +69,7 @@ def test_start_up_table_names_everything_in_80_columns() -> None:
         "16 samples x 256 tokens = 4,096 tokens a step",
         "4 of 2 samples",
         "100 to 400, 1,638,400 tokens",
+        "from 1.50 GiB",
         "sdpa",
         "no CUDA device",
         "fastest on a CPU",

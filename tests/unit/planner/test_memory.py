@@ -3,6 +3,7 @@
 import pytest
 
 from dsv2_train.config.sections.parallel import ParallelConfig
+from dsv2_train.planner.layout import plan_stages
 from dsv2_train.planner.memory import rank_memory, stage_memory
 from dsv2_train.recipe.parameters import ParameterCount, stage_parameters
 from tests.unit.recipe.presets import preset
@@ -28,6 +29,7 @@ def test_a_middle_stage_of_the_paper_layout_by_hand() -> None:
     assert memory.weight_bytes == 2 * (experts + other)
     assert memory.gradient_bytes == 4 * (experts + other)
     assert memory.optimizer_bytes == 12 * (experts + other // 8)
+    assert memory.checkpoint_bytes == 14 * (experts + other // 8)
     assert memory.total_bytes == 18 * experts + 6 * other + 12 * other // 8
 
 
@@ -57,3 +59,12 @@ def test_every_stage_is_counted() -> None:
     assert [memory.weight_bytes for memory in memories] == [
         2 * (stage.total - stage.routed_experts * 7 // 8) for stage in stages
     ]
+
+
+def test_host_memory_is_the_checkpoint_of_the_rank_if_it_is_copied() -> None:
+    for asynchronous in (True, False):
+        checkpoint = V2.checkpoint.model_copy(update={"asynchronous": asynchronous})
+        stages = plan_stages(V2.model_copy(update={"checkpoint": checkpoint}))
+        assert [stage.host_bytes_per_rank for stage in stages] == [
+            stage.memory.checkpoint_bytes * asynchronous for stage in stages
+        ]
