@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from dsv2_train.checkpoint.disk.folder import remove
+from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.folder import open_verified, remove
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.checkpoint.disk.retention import Retention, superseded
 from dsv2_train.cli.checkpoint.folders import folder_of_run, human, size_of
@@ -13,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` reads."""
     parser.description = (
         "Remove complete checkpoints but the newest N and, with --keep-every, those whose step is "
-        "a multiple of K. Damaged ones that were moved aside are left for you to remove."
+        "a multiple of K. Damaged ones that were moved aside are left for you to remove. Reads "
+        "small files only: `dsv2 checkpoint verify` tells first whether those that stay are intact."
     )
     parser.add_argument("run_folder", type=Path, help="a run folder, or its checkpoints folder")
     parser.add_argument("--keep-last", type=_count, required=True, metavar="N", help="at least 1")
@@ -25,10 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Remove, and tell what is freed.
 
     Raises:
-        CheckpointError: where there is none, and for one that cannot be removed.
+        CheckpointError: where there is none, for a newest one whose small files are damaged, and
+            for one that cannot be removed.
     """
     folder = folder_of_run(arguments.run_folder)
     paths = superseded(folder, Retention(arguments.keep_last, arguments.keep_every))
+    if paths:
+        _require_intact(layout.complete_checkpoints(folder)[-1])
     word = "would be removed" if arguments.dry_run else "removed"
     freed = 0
     for path in paths:
@@ -42,6 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
         freed += size
     print(f"{len(paths)} checkpoints {word}, {human(freed)}")
     return 0
+
+
+def _require_intact(newest: Path) -> None:
+    """Remove nothing that a run would fall back on."""
+    try:
+        open_verified(newest)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\nit is the newest: nothing is removed") from error
 
 
 def _count(text: str) -> int:

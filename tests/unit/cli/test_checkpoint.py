@@ -137,6 +137,18 @@ def test_prune_tells_and_removes(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert layout.complete_checkpoints(tmp_path / "checkpoints") == [paths[1], paths[3]]
 
 
+@pytest.mark.parametrize("name", [layout.MANIFEST, layout.STATE, layout.data_file(0)])
+def test_prune_leaves_what_a_damaged_newest_falls_back_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    older, newest = save(tmp_path, 10), save(tmp_path, 20)
+    (newest / name).write_bytes(b"x")
+    status, text = told(capsys, "prune", tmp_path, "--keep-last", 1)
+    assert status == 2
+    assert name in text and "it is the newest: nothing is removed" in text
+    assert older.exists()
+
+
 @pytest.mark.parametrize("count", ["0", "-1", "x"])
 def test_prune_never_removes_the_newest(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, count: str
