@@ -27,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, metavar="N", help="trials of each way to save (2; 50 with --soak)"
     )
+    parser.addoption(
+        "--damages",
+        type=int,
+        metavar="N",
+        help="checkpoints to damage at random (200; 2000 with --soak)",
+    )
     parser.addoption("--soak", action="store_true", help="tests marked soak at full count")
 
 

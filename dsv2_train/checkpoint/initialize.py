@@ -12,7 +12,7 @@ from dsv2_train.checkpoint.disk.folder import open_verified
 from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.ranks import Ranks
-from dsv2_train.checkpoint.restore import Loaded, compare, damaged_files, verify
+from dsv2_train.checkpoint.restore import compare, load_verified
 from dsv2_train.distributed.sharding import Piece
 
 _WEIGHT = "weight/"
@@ -39,27 +39,29 @@ def initialize(ranks: Ranks, given: Path, pieces: Sequence[Piece]) -> Path:
     path, manifest = ranks.first(lambda: _open(given))
     ranks.reduce(
         lambda: [_as_written(part, manifest) for part in ranges_of(pieces)],
-        lambda ranges: compare(manifest, ranges),
+        lambda ranges: compare(_weights_of(manifest), ranges),
     )
 
-    def load() -> Loaded:
-        file_problems = damaged_files(ranks, path, manifest)
+    def load() -> list[tuple[Range, int]]:
         parts = [_as_written(part, manifest) for part in ranges_of(pieces)]
-        filled = [
+        return [
             (part, _fill(path, manifest, part, piece))
             for part, piece in zip(parts, pieces, strict=True)
         ]
-        return Loaded(filled, file_problems)
 
-    ranks.reduce(load, lambda loaded: verify(path, manifest, loaded))
+    load_verified(ranks, path, manifest, load)
     return path
 
 
 def _open(given: Path) -> tuple[Path, Manifest]:
     path = checkpoint_at(given)
     manifest, _ = open_verified(path)
+    return path, manifest
+
+
+def _weights_of(manifest: Manifest) -> Manifest:
     weights = {key: one for key, one in manifest.tensors.items() if key.startswith(_WEIGHT)}
-    return path, replace(manifest, tensors=weights)
+    return replace(manifest, tensors=weights)
 
 
 def _as_written(part: Range, manifest: Manifest) -> Range:

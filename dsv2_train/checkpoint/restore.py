@@ -1,6 +1,6 @@
 """Fill a run's tensors from the newest checkpoint that is as it was written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> Restored | N
         The clock, or None where no checkpoint was ever completed.
 
     Raises:
-        DamagedError: on every rank, if there are complete checkpoints and all are damaged.
+        DamagedError: on every rank, if there are checkpoints and all are damaged.
         CheckpointError: on every rank, for differences from this run.
 
     Note:
@@ -65,7 +65,7 @@ def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> Restored | N
         else:
             aside = partial(_set_aside, passed_over, path)
             return Restored(state, ranks.first(aside))
-    if ranks.first(lambda: layout.complete_checkpoints(folder)):
+    if ranks.first(lambda: layout.was_saved_to(folder)):
         heading = f"{folder}: no checkpoint of this run is intact:"
         raise DamagedError("\n".join([heading, *passed_over.values(), _NONE_LEFT]))
     return None
@@ -84,28 +84,11 @@ def _restore_from(ranks: Ranks, path: Path, pieces: Sequence[Piece]) -> TrainSta
     manifest, state = ranks.first(lambda: folders.open_verified(path))
     ranks.reduce(lambda: ranges_of(pieces), lambda ranges: compare(manifest, ranges))
 
-    def load() -> Loaded:
-        file_problems = damaged_files(ranks, path, manifest)
-        checksums = read_pieces(path, manifest, pieces)
-        return Loaded(list(zip(ranges_of(pieces), checksums, strict=True)), file_problems)
+    def load() -> list[tuple[Range, int]]:
+        return list(zip(ranges_of(pieces), read_pieces(path, manifest, pieces), strict=True))
 
-    ranks.reduce(load, lambda loaded: verify(path, manifest, loaded))
+    load_verified(ranks, path, manifest, load)
     return state
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What one rank read: checksums of its ranges, and what is wrong with its share of files."""
-
-    checksums: list[tuple[Range, int]]
-    file_problems: list[str]
-
-
-def damaged_files(ranks: Ranks, path: Path, manifest: Manifest) -> list[str]:
-    """What is wrong beside the tensors with the data files that this rank looks at; local."""
-    data_files = sorted(filter(folders.is_data, manifest.files))
-    suspects = files_with_other_headers(path, manifest, data_files[ranks.rank :: ranks.size])
-    return folders.crc_problems(path, manifest, suspects)
 
 
 def compare(manifest: Manifest, ranges: Sequence[Sequence[Range]]) -> None:
@@ -132,33 +115,65 @@ def compare(manifest: Manifest, ranges: Sequence[Sequence[Range]]) -> None:
         )
 
 
-def verify(path: Path, manifest: Manifest, loaded: Sequence[Loaded]) -> None:
-    """See that what all ranks have loaded is what was written.
+def load_verified(
+    ranks: Ranks, path: Path, manifest: Manifest, load: Callable[[], list[tuple[Range, int]]]
+) -> None:
+    """Load on every rank, and see that it is what was written.
 
     Args:
-        path: the checkpoint.
+        ranks: all ranks of the run.
+        path: a checkpoint.
         manifest: its manifest.
-        loaded: by every rank.
+        load: fills this rank's memory; its ranges with the checksums of what they hold then.
 
     Raises:
-        DamagedError: with the tensors and files that are damaged.
+        DamagedError: on every rank, with the tensors and files that are damaged.
+        CheckpointError: on every rank, if tensors arrived that are not those of intact files.
+
+    Note:
+        Collective over all ranks. Files are read whole only where something is wrong with them,
+        each by one rank.
+    """
+    data_files = sorted(filter(folders.is_data, manifest.files))
+    others = ranks.reduce(
+        lambda: files_with_other_headers(path, manifest, data_files[ranks.rank :: ranks.size]),
+        _all_of,
+    )
+    keys = ranks.reduce(load, lambda loaded: damaged_tensors(manifest, loaded))
+    inside = {chunk.file for key in keys for chunk in manifest.tensors[key].chunks}
+    suspects = sorted(inside.union(others))
+    mine = suspects[ranks.rank :: ranks.size]
+    problems = ranks.reduce(lambda: folders.crc_problems(path, manifest, mine), _all_of)
+    tensors = [f"{key}: its checksum is not the manifest's" for key in keys]
+    if tensors and not problems:
+        raise CheckpointError(
+            f"{path}: {listing('tensors did not arrive as they are on the disk', tensors)}\n"
+            "all files are as they were written: suspect the memory or the network of a node"
+        )
+    if tensors:
+        told = [f"{path}: {listing('damaged tensors', tensors)}", "in:", *problems]
+        raise DamagedError("\n".join(told))
+    if problems:
+        raise DamagedError("\n".join([f"{path}: damaged files:", *problems]))
+
+
+def damaged_tensors(manifest: Manifest, loaded: Sequence[Sequence[tuple[Range, int]]]) -> list[str]:
+    """Keys of the tensors whose parts do not add up to the manifest's checksum, in order.
+
+    Args:
+        manifest: of a checkpoint.
+        loaded: of each rank its ranges with their checksums.
     """
     held: dict[str, set[tuple[Range, int]]] = {}
     for of_rank in loaded:
-        for part, checksum in of_rank.checksums:
+        for part, checksum in of_rank:
             held.setdefault(part.key, set()).add((part, checksum))
-    damaged = [
+    return sorted(
         key
         for key, parts in held.items()
         if add_checksums(checksum for _, checksum in parts) != manifest.tensors[key].checksum
-    ]
-    names = {chunk.file for key in damaged for chunk in manifest.tensors[key].chunks}
-    problems = {line for of_rank in loaded for line in of_rank.file_problems}
-    problems |= set(folders.crc_problems(path, manifest, sorted(names)))
-    if not damaged and not problems:
-        return
-    lines = [f"{path}: damaged files:", *sorted(problems)]
-    if damaged:
-        tensors = [f"{key}: its checksum is not the manifest's" for key in sorted(damaged)]
-        lines = [f"{path}: {listing('damaged tensors', tensors)}", "in:", *sorted(problems)]
-    raise DamagedError("\n".join(lines))
+    )
+
+
+def _all_of(found: Sequence[Sequence[str]]) -> list[str]:
+    return sorted(line for of_rank in found for line in of_rank)

@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dsv2_train.checkpoint.disk.layout import latest_complete
 from dsv2_train.cli.resolve import resolve
-from dsv2_train.config.checks import cross_check
+from dsv2_train.config.checks.all import cross_check
 from dsv2_train.config.load import load_file
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import env as environment

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from dsv2_train.config.checks import cross_check
+from dsv2_train.config.checks.all import cross_check
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.sections.base import Section

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv2_train.checkpoint.disk.checksum import add_checksums, tensor_checksum
 from dsv2_train.checkpoint.disk.folder import reading
-from dsv2_train.checkpoint.disk.layout import DamagedError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 from dsv2_train.checkpoint.disk.manifest import Chunk, Manifest
 from dsv2_train.distributed.sharding import Piece
 
@@ -59,14 +59,17 @@ def read_pieces(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> li
     ]
     reads.sort(key=lambda item: (item[1].file, item[1].byte_offset))
     checksums = [0] * len(pieces)
-    for file, of_file in groupby(reads, key=lambda item: item[1].file):
-        with (
-            reading(folder / file),
-            _opened(folder / file) as descriptor,
-            ThreadPoolExecutor(_THREADS) as threads,
-        ):
-            for index, part in threads.map(partial(_load, descriptor), of_file):
-                checksums[index] = add_checksums((checksums[index], part))
+    try:
+        for file, of_file in groupby(reads, key=lambda item: item[1].file):
+            with (
+                reading(folder / file),
+                _opened(folder / file) as descriptor,
+                ThreadPoolExecutor(_THREADS) as threads,
+            ):
+                for index, part in threads.map(partial(_load, descriptor), of_file):
+                    checksums[index] = add_checksums((checksums[index], part))
+    except CheckpointError as error:
+        raise type(error)(f"{folder}: {error}") from error
     return checksums
 
 

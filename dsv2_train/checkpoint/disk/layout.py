@@ -96,6 +96,12 @@ def latest_complete(folder: Path) -> Path | None:
     return next(reversed(complete_checkpoints(folder)), None)
 
 
+def was_saved_to(folder: Path) -> bool:
+    """Whether a save was completed here once; a first one that is cut off may leave one folder."""
+    paths = step_folders(folder)
+    return len(paths) > 1 or any(map(is_complete, paths))
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Temporary folders that no save or removal has finished."""
     return sorted(folder.glob(f"{_TEMPORARY}*step_*"))
@@ -113,13 +119,17 @@ def checkpoint_at(path: Path) -> Path:
         path: a checkpoint, the folder that checkpoints are in, or a run folder.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is none, or the folder cannot be read.
     """
-    if is_complete(path):
-        return path
-    found = latest_complete(path / CHECKPOINTS) or latest_complete(path)
+    try:
+        if is_complete(path):
+            return path
+        found = latest_complete(path / CHECKPOINTS) or latest_complete(path)
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if found is None:
-        what = "holds no complete checkpoint" if path.is_dir() else "no such folder"
+        what = "holds no complete checkpoint" if is_folder else "no such folder"
         raise CheckpointError(
             f"{path}: {what}; must be a run folder, its {CHECKPOINTS} folder, or one of the "
             f"step_<8 digits> folders in it that have a {MARKER} file"

@@ -156,12 +156,12 @@ def _newest(folder: Path) -> Newest:
     """
     try:
         newest = newest_intact(folder)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         allowed = f"must hold checkpoints that this dsv2_train reads ({_one_line(error)})"
         raise ConfigError([Problem(str(folder), None, allowed)]) from error
-    if newest.path is None and newest.damaged:
+    if newest.path is None and layout.was_saved_to(folder):
         allowed = "must hold an intact checkpoint; bring one back from a copy, or choose another"
-        damaged = "; ".join(map(_one_line, newest.damaged))
+        damaged = "; ".join(map(_one_line, (*newest.damaged, *newest.unfinished)))
         raise ConfigError([Problem(str(folder), damaged, f"{allowed} run.name to train anew")])
     return newest
 

@@ -119,10 +119,10 @@ def damage(path: Path, content: bytes | None) -> None:
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", SMALL_FILES)
+@pytest.mark.parametrize("name", [*SMALL_FILES, layout.MARKER])
 def test_if_all_are_damaged_no_run_begins_anew(name: str) -> None:
     for step in (10, 20):
-        damage(write_checkpoint(config(), step) / name, b"x")
+        damage(write_checkpoint(config(), step) / name, None)
     with pytest.raises(ConfigError) as caught:
         inspect(config("parallel.world_size=16", "recipe.global_batch_size=32"))
     paths = [problem.path.rpartition("/")[2] for problem in caught.value.problems]
@@ -144,6 +144,19 @@ def test_a_newer_format_is_refused_in_one_line() -> None:
     [problem] = caught.value.problems
     assert "format_version: found 2; this dsv2_train reads 1; take the dsv2_train" in str(problem)
     assert "step_00000010" in str(problem)
+
+
+def test_checkpoints_that_may_not_be_looked_at_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_checkpoint(config(), 10)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "checkpoints")
+
+    monkeypatch.setattr(layout, "step_folders", refuse)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        inspect(config())
 
 
 def test_an_unfinished_checkpoint_does_not_count() -> None:
@@ -178,7 +191,7 @@ def test_the_checkpoint_decides_not_the_last_launch() -> None:
 
 def test_one_node_is_the_limit() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.world_size: found 16; must be at most"):
-        inspect(config("parallel.world_size=16", "recipe.micro_batch_size=1"))
+        inspect(config("parallel.world_size=16", "recipe.global_batch_size=32"))
 
 
 def test_config_is_written_and_the_one_before_is_kept() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2_train.cli.compose import compose_values
-from dsv2_train.config import checks
+from dsv2_train.config.checks import all as checks
 from dsv2_train.config.load import check
 from dsv2_train.config.problems import Problem, passing_over_absent
 from dsv2_train.config.schedules import SCHEDULES

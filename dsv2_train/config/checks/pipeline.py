@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
-from dsv2_train.config.batch_checks import BATCH_CHECKS
+from dsv2_train.config.checks.batch import BATCH_CHECKS
 from dsv2_train.config.problems import Check, Problem, passing_over_absent
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.schedules import (

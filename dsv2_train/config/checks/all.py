@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from dsv2_train.config.batch_checks import BATCH_CHECKS
-from dsv2_train.config.monitor_checks import MONITOR_CHECKS
-from dsv2_train.config.pipeline_checks import PIPELINE_CHECKS
+from dsv2_train.config.checks.batch import BATCH_CHECKS
+from dsv2_train.config.checks.monitor import MONITOR_CHECKS
+from dsv2_train.config.checks.pipeline import PIPELINE_CHECKS
 from dsv2_train.config.problems import Check, Problem, passing_over_absent, value_at
 from dsv2_train.config.run import RunConfig
 

@@ -1,0 +1,305 @@
+"""Whatever is done to a checkpoint, it is named and the run goes on from the older one, whole."""
+
+import random
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2_train.checkpoint import restore
+from dsv2_train.checkpoint.disk import folder, layout
+from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.checkpoint.manager import CheckpointManager
+from dsv2_train.config.run import RunConfig
+from dsv2_train.distributed.sharding import Piece
+from dsv2_train.train.loop import train
+from tests.helpers.corpus import synthetic_folder
+from tests.helpers.damage import KINDS, Damage, damage
+from tests.helpers.run import Owned, add_up, close_run, open_run, owned, run_config
+from tests.helpers.world import World
+
+STATE = TrainState(10, 20, 1280, 10)
+SHAPES = {"weight/a": (17, 5), "master/a": (17, 5), "exp_avg/a": (17, 5), "weight/b": (8, 3, 7)}
+OLDER, NEWEST = 10, 20
+
+
+def whole(key: str, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(key.encode()) + step)
+    value = torch.randn(SHAPES[key], generator=generator)
+    return value.bfloat16() if key.startswith("weight/") else value
+
+
+def cut(rank: int, world_size: int, step: int | None) -> list[Piece]:
+    """A rank's share of every tensor, in ranges that no block of a file is aligned to."""
+    pieces = []
+    for key, shape in SHAPES.items():
+        value = whole(key, step or 0).view(-1)
+        edges = [value.numel() * i // world_size for i in range(world_size + 1)]
+        start, end = edges[rank : rank + 2]
+        data = torch.full_like(value[start:end], 7) if step is None else value[start:end].clone()
+        pieces.append(Piece(key, shape, start, data))
+    return pieces
+
+
+def save_both(rank: int, world_size: int, path: Path) -> None:
+    manager = CheckpointManager(path, 10)
+    for step in (OLDER, NEWEST):
+        manager.save(replace(STATE, step=step), cut(rank, world_size, step), f"step: {step}\n")
+
+
+@pytest.fixture(scope="module")
+def intact(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of four ranks."""
+    path = tmp_path_factory.mktemp("intact")
+    world.run(save_both, 4, 4, path)
+    return path
+
+
+def holds(pieces: list[Piece], step: int) -> bool:
+    return all(
+        torch.equal(piece.data, whole(piece.key, step).view(-1)[piece.offset :][: len(piece.data)])
+        for piece in pieces
+    )
+
+
+def names_it(text: str, done: Damage, newest: Path) -> bool:
+    """Whether a file that was damaged is named, or a tensor that has a part in it."""
+    tensors = folder.open_verified(newest)[0].tensors
+    inside = [
+        key
+        for key, entry in tensors.items()
+        if any(chunk.file in done.files for chunk in entry.chunks)
+    ]
+    return any(name in text for name in (*done.files, *inside))
+
+
+def what_went_wrong(seed: int, intact: Path, path: Path) -> str | None:
+    """Damage a copy of two checkpoints, restore, and tell what is not as promised."""
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(intact, path)
+    older, newest = (layout.step_folder(path, step) for step in (OLDER, NEWEST))
+    done = damage(random.Random(seed), newest, older)
+    manager, pieces = CheckpointManager(path, 10), cut(0, 1, None)
+    before = {file.name: file.read_bytes() for file in newest.iterdir()}
+    try:
+        seen = folder.newest_intact(path)
+        if seen.path == newest and not all(map(folder.is_data, done.files)):
+            return f"{done}: not found by who reads small files"
+        state = manager.restore(pieces)
+    except CheckpointError as error:
+        return f"{done}: {error}"
+    if state != STATE:
+        return f"{done}: the run goes on from {state}"
+    if not holds(pieces, OLDER):
+        return f"{done}: what is loaded is not all of the older one"
+    told = "\n".join(manager.passed_over)
+    if not names_it(told, done, layout.step_folder(intact, NEWEST)):
+        return f"{done}: not named in: {told}"
+    aside = path / f"damaged_{newest.name}"
+    if newest.exists() or {file.name: file.read_bytes() for file in aside.iterdir()} != before:
+        return f"{done}: not moved aside as it was"
+    return None
+
+
+def failures(count: int, intact: Path, path: Path) -> list[str]:
+    return [wrong for seed in range(count) if (wrong := what_went_wrong(seed, intact, path))]
+
+
+@pytest.mark.soak
+def test_every_damage_is_named_and_the_older_one_is_loaded_whole(
+    intact: Path,
+    tmp_path: Path,
+    soak: bool,
+    pytestconfig: pytest.Config,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    count = pytestconfig.getoption("--damages") or (2000 if soak else 200)
+    assert failures(count, intact, tmp_path / "run") == []
+    assert capsys.readouterr().err.count("CHECKPOINT PASSED OVER") == count, "loudly"
+
+
+def test_the_damages_are_of_every_kind_and_in_every_file(intact: Path, tmp_path: Path) -> None:
+    kinds: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+    for seed in range(200):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(intact, tmp_path / "run")
+        both = [layout.step_folder(tmp_path / "run", step) for step in (NEWEST, OLDER)]
+        done = damage(random.Random(seed), *both)
+        kinds[done.kind] += 1
+        files.update(done.files)
+    assert set(kinds) == set(KINDS)
+    assert set(files) == {file.name for file in layout.step_folder(intact, NEWEST).iterdir()}
+    assert min(*kinds.values(), *files.values()) >= 5
+
+
+@pytest.mark.parametrize("detector", ["tensors", "headers", "small files", "sizes"])
+def test_each_detector_is_needed(
+    intact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detector: str
+) -> None:
+    if detector == "tensors":
+        monkeypatch.setattr(restore, "read_pieces", unchecked)
+    elif detector == "headers":
+        monkeypatch.setattr(restore, "files_with_other_headers", lambda *_: [])
+    elif detector == "small files":
+        monkeypatch.setattr(folder, "crc_problems", lambda *_: [])
+    else:
+        monkeypatch.setattr(folder, "_size_problems", lambda *_: [])
+    assert failures(200, intact, tmp_path / "run")
+
+
+def unchecked(path: Path, manifest: folder.Manifest, pieces: list[Piece]) -> list[int]:
+    """A reader that believes what it reads."""
+    read = READ_PIECES(path, manifest, pieces)
+    assert len(read) == len(pieces)
+    return [manifest.tensors[piece.key].checksum for piece in pieces]
+
+
+READ_PIECES = restore.read_pieces
+
+
+def test_if_all_are_damaged_nothing_is_begun_or_changed(intact: Path, tmp_path: Path) -> None:
+    for seed in range(20):
+        path = tmp_path / str(seed)
+        shutil.copytree(intact, path)
+        draw = random.Random(seed)
+        for step, other in ((OLDER, NEWEST), (NEWEST, OLDER)):
+            damage(draw, layout.step_folder(path, step), layout.step_folder(intact, other))
+        before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        with pytest.raises(DamagedError, match="no checkpoint of this run is intact") as error:
+            CheckpointManager(path, 10).restore(cut(0, 1, None))
+        assert all(f"step_000000{step}" in str(error.value) for step in (OLDER, NEWEST))
+        assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_markers_of_all_are_not_lost_by_a_crash(intact: Path, tmp_path: Path) -> None:
+    """One folder without a marker may be a first save that was cut off: the run begins anew."""
+    shutil.copytree(intact, tmp_path / "run")
+    for step in (OLDER, NEWEST):
+        (layout.step_folder(tmp_path / "run", step) / layout.MARKER).unlink()
+    with pytest.raises(DamagedError, match="no checkpoint of this run is intact"):
+        CheckpointManager(tmp_path / "run", 10).restore(cut(0, 1, None))
+    shutil.rmtree(layout.step_folder(tmp_path / "run", NEWEST))
+    assert CheckpointManager(tmp_path / "run", 10).restore(cut(0, 1, None)) is None
+
+
+def restore_on(rank: int, world_size: int, path: Path) -> tuple[TrainState | None, bool, str]:
+    manager, pieces = CheckpointManager(path, 10), cut(rank, world_size, None)
+    state = manager.restore(pieces)
+    return state, holds(pieces, OLDER), "\n".join(manager.passed_over)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_all_ranks_go_on_from_the_same_one(
+    world: World, intact: Path, tmp_path: Path, world_size: int
+) -> None:
+    for seed in range(10):
+        path = tmp_path / str(seed)
+        shutil.copytree(intact, path)
+        both = [layout.step_folder(path, step) for step in (NEWEST, OLDER)]
+        done = damage(random.Random(seed), *both)
+        results = world.run(restore_on, world_size, world_size, path)
+        assert results == [(STATE, True, results[0][2])] * world_size, done
+        assert names_it(results[0][2], done, layout.step_folder(intact, NEWEST))
+
+
+def misread(path: Path, manifest: folder.Manifest, pieces: list[Piece]) -> list[int]:
+    """A node whose memory or network gives back what is on no disk."""
+    return [checksum + 1 for checksum in READ_PIECES(path, manifest, pieces)]
+
+
+def test_what_only_arrives_damaged_is_no_damage_of_the_checkpoint(
+    intact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(intact, tmp_path / "run")
+    monkeypatch.setattr(restore, "read_pieces", misread)
+    with pytest.raises(CheckpointError, match="suspect the memory or the network") as error:
+        CheckpointManager(tmp_path / "run", 10).restore(cut(0, 1, None))
+    assert not isinstance(error.value, DamagedError)
+    assert len(layout.complete_checkpoints(tmp_path / "run")) == 2
+
+
+def read_whole(rank: int, world_size: int, path: Path) -> list[str]:
+    """Which data files this rank reads whole while it restores."""
+    read: list[str] = []
+    crc32 = folder._crc32
+
+    def recorded(file: Path) -> int:
+        read.append(file.name)
+        return crc32(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder, "_crc32", recorded)
+        restore_on(rank, world_size, path)
+    return sorted(filter(folder.is_data, read))
+
+
+def test_files_are_read_whole_where_something_is_wrong_with_them_by_one_rank(
+    world: World, intact: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(intact, tmp_path / "run")
+    assert world.run(read_whole, 2, 2, tmp_path / "run") == [[], []]
+    newest = layout.step_folder(tmp_path / "run", NEWEST)
+    chunk = folder.open_verified(newest)[0].tensors["weight/b"].chunks[0]
+    data = bytearray((newest / chunk.file).read_bytes())
+    data[chunk.byte_offset] ^= 1
+    (newest / chunk.file).write_bytes(data)
+    names = [layout.data_file(rank) for rank in range(4)]
+    assert world.run(read_whole, 2, 2, tmp_path / "run") == [names[0::2], names[1::2]]
+
+
+def test_weights_alone_are_verified_without_reading_the_rest(
+    intact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    crc32 = folder._crc32
+    monkeypatch.setattr(folder, "_crc32", lambda path: read.append(path) or crc32(path))
+    weights = [piece for piece in cut(0, 1, None) if piece.key.startswith("weight/")]
+    CheckpointManager(intact.parent / "none", 10).initialize(intact, weights)
+    assert holds(weights, NEWEST)
+    assert not any(folder.is_data(path.name) for path in read)
+
+
+def test_another_model_is_no_damage(intact: Path, tmp_path: Path) -> None:
+    shutil.copytree(intact, tmp_path / "run")
+    pieces = cut(0, 1, None)[1:]
+    with pytest.raises(CheckpointError, match="weight/a: in the checkpoint only") as error:
+        CheckpointManager(tmp_path / "run", 10).restore(pieces)
+    assert not isinstance(error.value, DamagedError)
+    assert len(layout.complete_checkpoints(tmp_path / "run")) == 2
+
+
+def _train(rank: int, config: RunConfig, stop_at: int | None) -> list[Owned]:
+    run = open_run(rank, config)
+    if stop_at is not None:
+        run.signals.agreed = lambda *_: run.clock.step >= stop_at  # type: ignore[method-assign]
+    train(run)
+    state = owned(run)
+    close_run(run)
+    return state
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_nothing_had_been(
+    world: World, tmp_path: Path
+) -> None:
+    data = synthetic_folder(tmp_path / "data")
+    common = ("parallel.world_size=2", "checkpoint.every_steps=2", "checkpoint.keep_last=2")
+    straight = run_config(tmp_path, data, "run.name=straight", *common)
+    resumed = run_config(tmp_path, data, "run.name=resumed", *common)
+    expected = add_up(world.run(_train, 2, straight, None))
+    world.run(_train, 2, resumed, 4)
+    checkpoints = resumed.run.checkpoint_folder
+    file = layout.step_folder(checkpoints, 4) / layout.data_file(1)
+    content = file.read_bytes()
+    file.write_bytes(content[:-40] + bytes(40))
+    assert add_up(world.run(_train, 2, resumed, None)) == expected
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "damaged_step_00000004",
+        "step_00000004",
+        "step_00000006",
+    ]
