@@ -177,7 +177,7 @@ class CheckpointManager:
                 format version.
 
         Note:
-            Collective over all ranks. Host memory: 4 MiB beside the pieces.
+            Collective over all ranks. Host memory: 16 MiB beside the pieces.
         """
         restored = restore(self._ranks, self.folder, pieces)
         if restored is None:

@@ -19,6 +19,7 @@ from dsv2_train.distributed.sharding import Piece
 
 _BLOCK_BYTES = 4 << 20
 _BLOCKS_IN_FLIGHT = 16
+_SYNC_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def _blocks(piece: Piece) -> Iterator[tuple[int, Tensor]]:
 
 
 class _File:
-    """A file that a thread appends to and another takes the CRC-32 of, behind the caller."""
+    """A file that a thread appends to and another takes the CRC-32 of, behind the caller.
+
+    A third one has what is written brought to the disk meanwhile, so that the end is not late.
+    """
 
     def __init__(self, path: Path) -> None:
         self.size_bytes = 0
@@ -85,7 +89,10 @@ class _File:
         self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         self._writer = ThreadPoolExecutor(1)
         self._hasher = ThreadPoolExecutor(1)
+        self._syncer = ThreadPoolExecutor(1)
         self._in_flight: deque[Future[None]] = deque()
+        self._unsynced_bytes = 0
+        self._syncing: Future[None] | None = None
 
     def __enter__(self) -> "_File":
         return self
@@ -107,10 +114,23 @@ class _File:
             self._small = bytearray()
 
     def _submit(self, data: bytes | bytearray | memoryview) -> None:
-        self._in_flight.append(self._writer.submit(_write_all, self._descriptor, data))
+        self._in_flight.append(self._writer.submit(self._write, data))
         self._in_flight.append(self._hasher.submit(self._hash, data))
         while len(self._in_flight) > 2 * _BLOCKS_IN_FLIGHT:
             self._in_flight.popleft().result()
+
+    def _write(self, data: bytes | bytearray | memoryview) -> None:
+        _write_all(self._descriptor, data)
+        self._unsynced_bytes += len(data)
+        if self._unsynced_bytes >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self._sync_result()
+            self._syncing = self._syncer.submit(os.fdatasync, self._descriptor)
+            self._unsynced_bytes = 0
+
+    def _sync_result(self) -> None:
+        """Raise what the disk told: it tells each error once, so the last sync may know nothing."""
+        if self._syncing is not None:
+            self._syncing.result()
 
     def _hash(self, data: bytes | bytearray | memoryview) -> None:
         self.crc32 = zlib.crc32(data, self.crc32)
@@ -126,10 +146,12 @@ class _File:
                 self._flush_small()
                 for work in self._in_flight:
                     work.result()
+                self._sync_result()
                 os.fsync(self._descriptor)
         finally:
             self._writer.shutdown(cancel_futures=True)
             self._hasher.shutdown(cancel_futures=True)
+            self._syncer.shutdown()
             os.close(self._descriptor)
 
 
