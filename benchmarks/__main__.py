@@ -1,4 +1,4 @@
-"""Measure: steps, growth with experts, ops; exchange, dropping, balance; pipelines."""
+"""Measure: steps, growth with experts, ops; exchange, dropping, balance; pipelines; checkpoints."""
 
 import argparse
 import functools
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import bubble, report
+from benchmarks import bubble, checkpoint, report
 from benchmarks.balance import draw, outcome, train_all
 from benchmarks.dropping import BIAS_STDS, SEEDS, dropped_shares
 from benchmarks.exchange import (
@@ -31,6 +31,7 @@ from dsv2_train.distributed import groups as process_groups
 NUM_EXPERTS = 160
 SEQUENCE_LENGTH = 256
 SLOW_REPEATS = 2
+CHECKPOINT_MB = 512
 
 
 def main() -> None:
@@ -44,14 +45,16 @@ def main() -> None:
         "balance": _balance,
         "bubble": _bubble,
         "pipeline": _pipeline,
+        "checkpoint": _checkpoint,
     }
-    default = [name for name in parts if name not in ("balance", "bubble", "pipeline")]
+    slow = ("balance", "bubble", "pipeline", "checkpoint")
+    default = [name for name in parts if name not in slow]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "parts",
         nargs="*",
         choices=[[], *parts],
-        help="default: all but balance, bubble and pipeline, which take minutes each",
+        help=f"default: all but {', '.join(slow)}, which take minutes each",
     )
     parser.add_argument("--repeats", type=int, default=8, help="alternating runs of each")
     arguments = parser.parse_args()
@@ -138,6 +141,16 @@ def _balance(repeats: int) -> None:
     picture = report.RESULTS / "balance.png"
     draw(runs, picture)
     print(f"\nwritten: {report.write('balance', {'outcomes': outcomes})}, {picture}")
+
+
+def _checkpoint(repeats: int) -> None:
+    """Saving and loading half a gigabyte of state, on one rank and on two."""
+    found = {}
+    for num_ranks in (1, 2):
+        one = checkpoint.compare(num_ranks, CHECKPOINT_MB, repeats)
+        checkpoint.show(one, num_ranks)
+        found[f"{num_ranks} ranks"] = one
+    print(f"\nwritten: {report.write('checkpoint', found)}")
 
 
 def _bubble(repeats: int) -> None:

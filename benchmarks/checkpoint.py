@@ -81,6 +81,33 @@ def compare(num_ranks: int, state_mb: int, repeats: int, folder: Path | None = N
         return run_processes(_measure, num_ranks, Path(name), state_mb, repeats)[0]
 
 
+def show(found: Measured, num_ranks: int) -> None:
+    """Print a table of one comparison."""
+    megabytes = found.state_bytes / 1e6
+    print(
+        f"\n{megabytes:.0f} MB of state on {num_ranks} ranks; medians, and how often ours fits in"
+    )
+    for title, times in (
+        ("save", found.save),
+        ("load from the page cache", found.load_cached),
+        ("load from the disk", found.load),
+    ):
+        ratios = found.of_ours(times)
+        for name, each in times.items():
+            of_ours = f"{ratios[name].median:8.2f}" if name in ratios else ""
+            speed = megabytes / each.median
+            print(f"  {title:26}{name:16}{each.median:8.3f} s{speed:8.0f} MB/s{of_ours}")
+    for name, size in found.written_bytes.items():
+        print(f"  written over state        {name:16}{size / found.state_bytes:8.4f}")
+    stall = found.stall_of_save
+    print(
+        f"  stall of a save behind training: {found.stall.median:.3f} s, "
+        f"{100 * stall.median:.1f}% of a blocking one"
+    )
+    slower = found.step["while writing"].median / found.step["alone"].median
+    print(f"  a step while it is written takes {slower:.2f} times as long")
+
+
 def _measure(folder: Path, state_mb: int, repeats: int) -> Measured:
     pieces = _pieces(max(1, state_mb * 10**6 // _LAYER_BYTES))
     contenders: Sequence[_Contender] = [
