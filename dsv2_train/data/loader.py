@@ -14,7 +14,14 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from dsv2_train.data.manifest import DataError, read_manifest, size_problems
-from dsv2_train.data.sampler import Ids, num_windows, sample_windows, step_samples
+from dsv2_train.data.sampler import (
+    Ids,
+    SkipList,
+    num_windows,
+    sample_windows,
+    samples_at,
+    step_places,
+)
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,14 @@ class Split:
     Attributes:
         windows: [num_windows, s + 1] of the token type, a read-only view of the file.
         seed: seed of the sample order; None takes the windows in the order of the file.
+        sha256: of the file, as its manifest says.
+        skip_list: samples that are passed over.
     """
 
     windows: npt.NDArray[np.integer]
     seed: int | None
+    sha256: str
+    skip_list: SkipList = ()
 
     @property
     def num_windows(self) -> int:
@@ -85,7 +96,7 @@ def open_split(folder: Path, split: str, sequence_length: int, seed: int) -> Spl
             f"the manifest says {record.num_tokens}"
         )
     windows = sliding_window_view(stream, sequence_length + 1)[::sequence_length]
-    return Split(windows, seed if split == "train" else None)
+    return Split(windows, seed if split == "train" else None, record.bin.sha256)
 
 
 def batches(
@@ -98,13 +109,14 @@ def batches(
     dp_size: int,
 ) -> Iterator[Batch]:
     """The micro-batches of one rank in the step or evaluation that starts at `consumed_samples`."""
-    sample_ids = step_samples(
+    places = step_places(
         consumed_samples,
         num_microbatches=num_microbatches,
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
     )
+    sample_ids = samples_at(places, split.skip_list)
     window_ids = split.windows_of(sample_ids.ravel()).reshape(sample_ids.shape)
     shape = (micro_batch_size, split.windows.shape[1] - 1)
     for ids, windows in zip(sample_ids, window_ids, strict=True):

@@ -1,14 +1,18 @@
 """Which window of the token stream each sample is: a pure function of (seed, sample id).
 
-Sample ids count all samples of a run from 0. Epoch e is the ids [e N, (e + 1) N) of a stream with N
-windows, each epoch in an order of its own. Nothing depends on how many samples a run will take, on
-its layout, its batch sizes or its restarts, and nothing but the id is needed to find a sample.
+Sample ids count from 0 whatever there is to train on; a run takes all but those of its skip list.
+Epoch e is the ids [e N, (e + 1) N) of a stream with N windows, each epoch in an order of its own.
+Nothing depends on how many samples a run will take, on its layout, its batch sizes or its restarts,
+and nothing but the id is needed to find a sample.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
+SkipList = tuple[tuple[int, int], ...]  # [first, end) ranges of ids in order, none adjacent
 _Words = npt.NDArray[np.uint64]
 
 _ROUNDS = 8
@@ -30,7 +34,7 @@ def num_unused_tokens(num_tokens: int, sequence_length: int) -> int:
     return num_tokens - (windows * sequence_length + 1) if windows else num_tokens
 
 
-def step_samples(
+def step_places(
     consumed_samples: int,
     *,
     num_microbatches: int,
@@ -38,9 +42,9 @@ def step_samples(
     dp_rank: int,
     dp_size: int,
 ) -> Ids:
-    """Sample ids of one rank in the step that starts at `consumed_samples`.
+    """Places in the run's order of one rank's samples, in the step that starts at a clock.
 
-    Micro-batch j of rank r takes the `micro_batch_size` ids that start at
+    Micro-batch j of rank r takes the `micro_batch_size` places that start at
     consumed_samples + (j * dp_size + r) * micro_batch_size: the ranks of a step together take the
     same samples at any dp_size.
 
@@ -50,6 +54,33 @@ def step_samples(
     first = np.arange(num_microbatches, dtype=np.int64) * dp_size + dp_rank
     within = np.arange(micro_batch_size, dtype=np.int64)
     return consumed_samples + first[:, None] * micro_batch_size + within
+
+
+def samples_at(places: Ids, skip_list: SkipList) -> Ids:
+    """Sample id at each place in a run's order: ids that are skipped have no place.
+
+    Args:
+        places: any shape, int64; how many samples the run has trained on before each.
+        skip_list: what the run never trains on.
+
+    Returns:
+        The shape of `places`, int64.
+    """
+    ids = places.copy()
+    for first, end in skip_list:
+        ids[ids >= first] += end - first
+    return ids
+
+
+def joined(skip_list: SkipList, more: Iterable[tuple[int, int]]) -> SkipList:
+    """A skip list that has the samples of both; ranges of `more` in any order."""
+    found: list[tuple[int, int]] = []
+    for first, end in sorted([*skip_list, *more]):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((first, end))
+    return tuple(found)
 
 
 def sample_windows(seed: int, num_windows: int, sample_ids: Ids) -> Ids:

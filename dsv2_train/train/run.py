@@ -136,5 +136,7 @@ class Run:
             consumed_tokens=self.schedule.consumed_tokens(self.clock),
             adam_step=self.optimizer.adam_step,
             wandb_run_id=self.monitor.wandb_run_id if self.monitor else None,
+            skip_list=self.train_split.skip_list,
+            corpus=self.train_split.sha256,
         )
         return state, list(self.optimizer.pieces()), to_yaml(self.config)

@@ -1,5 +1,6 @@
 """Builds everything a run needs, in the order of the journey."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split, open_split
 from dsv2_train.data.manifest import verify
+from dsv2_train.data.sampler import joined
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.env import Env
 from dsv2_train.model.build import build_model
@@ -93,7 +95,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
         chunks=chunks,
         optimizer=optimizer,
         executor=executor,
-        train_split=_split(config, "train"),
+        train_split=_train_split(config, state),
         validation_split=_split(config, "validation"),
         checkpoints=checkpoints,
         monitor=monitor,
@@ -139,6 +141,11 @@ def _monitor(
 def _split(config: RunConfig, name: str) -> Split:
     length = config.recipe.sequence_length
     return open_split(Path(config.data.path), name, length, config.run.seed)
+
+
+def _train_split(config: RunConfig, state: TrainState | None) -> Split:
+    skipped = state.skip_list if state else ()
+    return replace(_split(config, "train"), skip_list=joined(skipped, config.data.skip))
 
 
 def _telemetry(

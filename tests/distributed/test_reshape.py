@@ -33,6 +33,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP2 EP2": (4, ("parallel.pp=2", "parallel.ep=2")),
     "PP2 DP2 as a V": (4, ("parallel.pp=2", *_V)),
     "EP2 DP2": (4, ("parallel.ep=2",)),
+    "DP4": (4, ()),
     "PP4 as a V": (4, ("parallel.pp=4", *_V)),
 }
 

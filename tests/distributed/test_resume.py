@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dsv2_train.checkpoint.disk.folder import newest_intact
 from dsv2_train.config.run import RunConfig
+from dsv2_train.data.manifest import read_manifest
 from dsv2_train.train import setup
 from dsv2_train.train.loop import train
 from tests.helpers.corpus import synthetic_folder
@@ -54,6 +56,28 @@ def test_resumed_equals_straight(
     assert halfway != expected
     assert add_up(world.run(_train, size, resumed, None)) == expected
     assert _rows(resumed) == _rows(straight)
+
+
+def test_skipping_from_here_on_equals_skipping_from_the_start(world: World, tmp_path: Path) -> None:
+    """Samples 26 to 37 lie ahead after three steps of 8."""
+    data = synthetic_folder(tmp_path / "data")
+    size, skip = "parallel.world_size=2", "data.skip=[[26,38]]"
+    whole = run_config(tmp_path, data, "run.name=whole", size)
+    straight = run_config(tmp_path, data, "run.name=straight", size, skip)
+    expected = add_up(world.run(_train, 2, straight, None))
+    assert add_up(world.run(_train, 2, whole, None)) != expected
+    name = "run.name=later"
+    world.run(_train, 2, run_config(tmp_path, data, name, size), 3)
+    world.run(_train, 2, run_config(tmp_path, data, name, size, skip), 4)
+    # Not said again: it is in the checkpoint.
+    later = run_config(tmp_path, data, name, size)
+    assert add_up(world.run(_train, 2, later, None)) == expected
+    assert _rows(later) == _rows(straight)
+    state = newest_intact(later.run.checkpoint_folder).state
+    assert state is not None
+    assert state.skip_list == ((26, 38),)
+    assert state.consumed_samples == 6 * 8
+    assert state.corpus == read_manifest(data).splits["train"].bin.sha256
 
 
 def _told_totals(rank: int, config: RunConfig) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """The clock of a run, and what else a resumed run must know besides its tensors."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -19,6 +20,8 @@ class TrainState:
         consumed_tokens: tokens trained on.
         adam_step: updates that AdamW has made (its bias correction counts these).
         wandb_run_id: run to go on with in wandb, or None.
+        skip_list: samples that are never trained on, [first, end) ranges of ids in order.
+        corpus: SHA-256 of the token stream that was trained on; None where nothing was.
     """
 
     step: int
@@ -26,6 +29,8 @@ class TrainState:
     consumed_tokens: int
     adam_step: int
     wandb_run_id: str | None = None
+    skip_list: tuple[tuple[int, int], ...] = ()
+    corpus: str | None = None
 
     def to_json(self) -> str:
         """The record as a JSON object, with the version of this schema."""
@@ -54,7 +59,8 @@ class TrainState:
         problems = _problems(values)
         if problems:
             raise CheckpointError("\n".join(["state:", *(f"  - {line}" for line in problems)]))
-        return cls(**values)
+        skip_list = tuple((first, end) for first, end in values.pop("skip_list"))
+        return cls(**values, skip_list=skip_list)
 
 
 def _problems(values: dict[str, Any]) -> list[str]:
@@ -65,9 +71,31 @@ def _problems(values: dict[str, Any]) -> list[str]:
     for name in names:
         if name not in values:
             problems.append(f"{name}: missing")
-        elif name == "wandb_run_id":
-            if not isinstance(values[name], str | None):
-                problems.append(f"{name}: found {values[name]!r}; allowed: a string or null")
-        elif type(values[name]) is not int or values[name] < 0:
-            problems.append(f"{name}: found {values[name]!r}; allowed: an integer >= 0")
+            continue
+        belongs, allowed = _KINDS.get(name, (_is_count, "an integer >= 0"))
+        if not belongs(values[name]):
+            problems.append(f"{name}: found {values[name]!r}; allowed: {allowed}")
     return sorted(problems)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_text_or_none(value: object) -> bool:
+    return isinstance(value, str | None)
+
+
+def _is_skip_list(value: object) -> bool:
+    if not isinstance(value, list) or not all(isinstance(one, list) for one in value):
+        return False
+    ends = [end for one in value for end in one]
+    of_two = all(len(one) == 2 for one in value)
+    return of_two and all(map(_is_count, ends)) and ends == sorted(set(ends))
+
+
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "wandb_run_id": (_is_text_or_none, "a string or null"),
+    "skip_list": (_is_skip_list, "ranges [first, end) in order, with samples between them"),
+    "corpus": (_is_text_or_none, "a string or null"),
+}

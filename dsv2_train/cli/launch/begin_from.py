@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk.folder import open_verified
 from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
 from dsv2_train.cli.launch.changes import changes
 from dsv2_train.config.load import read_values
@@ -25,8 +26,10 @@ def can_begin_from(config: RunConfig) -> Iterator[Problem]:
         return
     try:
         found = checkpoint_at(Path(given))
+        open_verified(found)
     except (CheckpointError, OSError) as error:
-        yield Problem(_PATH, given, f"must be a checkpoint, or a run with one: {error}")
+        what = " ".join(str(error).split())
+        yield Problem(_PATH, given, f"must be an intact checkpoint, or a run with one: {what}")
         return
     theirs, ours = read_values(found / layout.CONFIG).get("model"), config.model
     if not isinstance(theirs, dict):

@@ -1,11 +1,17 @@
 """What a resumed run may change: every changed key is told, some are refused with the reason."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.config.problems import Problem
 from dsv2_train.config.run import RunConfig
+from dsv2_train.data.manifest import read_manifest
+from dsv2_train.data.sampler import joined, samples_at
 
 _SAME_MODEL = "the weights are those of another model"
 _SAME_ORDER = "the position in the data means other samples"
@@ -14,7 +20,6 @@ _SAME_STATE = "the optimizer state has another form"
 _REFUSED = {
     "model": _SAME_MODEL,
     "run.seed": _SAME_ORDER,
-    "data": _SAME_ORDER,
     "recipe.sequence_length": _SAME_ORDER,
     "recipe.precision": _SAME_STATE,
 }
@@ -58,6 +63,45 @@ def refused(found: list[Change], config: RunConfig) -> list[Problem]:
         for change in found
         if (why := _why_refused(change, config)) is not None
     ]
+
+
+def other_samples(state: TrainState, config: RunConfig) -> Iterator[Problem]:
+    """What would make a resumed run's position in the data mean other samples.
+
+    A corpus may be moved, and samples that are still to come may be skipped.
+
+    Args:
+        state: of its checkpoint.
+        config: what it is to do now.
+
+    Raises:
+        DataError: if there is no data folder.
+    """
+    corpus, path = state.corpus, config.data.path
+    if corpus is not None:
+        now = read_manifest(Path(path)).splits["train"].bin.sha256
+        if now != corpus:
+            allowed = (
+                f"{config.run.folder} was trained on a train.bin with SHA-256 {corpus[:16]}..., "
+                f"and this one has {now[:16]}...: {_SAME_ORDER}; choose another run.name"
+            )
+            yield Problem("data.path", path, allowed)
+    sample = int(samples_at(np.array([state.consumed_samples]), state.skip_list).item())
+    for first, end in config.data.skip:
+        passed = (first, min(end, sample))
+        if first < sample and joined(state.skip_list, [passed]) != state.skip_list:
+            allowed = (
+                f"must begin at sample {sample} or later: {config.run.folder} is past those "
+                f"before; to skip them too, move its newest checkpoints elsewhere"
+            )
+            yield Problem("data.skip", [first, end], allowed)
+
+
+def with_skip_list(config: RunConfig, state: TrainState) -> RunConfig:
+    """The configuration of a resumed run, which skips what it skipped before as well."""
+    skip = joined(state.skip_list, config.data.skip)
+    data = config.data.model_copy(update={"skip": skip})
+    return config.model_copy(update={"data": data})
 
 
 def _why_refused(change: Change, config: RunConfig) -> str | None:

@@ -10,7 +10,13 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.folder import Newest, newest_intact
 from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
 from dsv2_train.cli.launch.begin_from import can_begin_from
-from dsv2_train.cli.launch.changes import Change, changes, refused
+from dsv2_train.cli.launch.changes import (
+    Change,
+    changes,
+    other_samples,
+    refused,
+    with_skip_list,
+)
 from dsv2_train.cli.launch.devices import too_few_devices
 from dsv2_train.config.load import read_values, to_yaml
 from dsv2_train.config.problems import ConfigError, Problem, passing_over_absent
@@ -135,6 +141,8 @@ def inspect(
         newest = _newest(config.run.checkpoint_folder)
         if newest.path is not None and newest.state is not None:
             clock = Clock(newest.state.step, newest.state.consumed_samples)
+            found += other_samples(newest.state, config)
+            config = with_skip_list(config, newest.state)
             before = read_values(newest.path / layout.CONFIG)
             changed = changes(before, config.model_dump(mode="json"))
             found += refused(changed, config)

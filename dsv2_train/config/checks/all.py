@@ -70,6 +70,13 @@ def _rope(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.qk_rope_head_dim", config.model.qk_rope_head_dim, "must be even")
 
 
+def _skipped_ranges(config: RunConfig) -> Iterator[Problem]:
+    empty = [list(one) for one in config.data.skip if one[0] >= one[1]]
+    if empty:
+        allowed = f"must be ranges [first, end) of samples, first < end; {empty} are not"
+        yield Problem("data.skip", [list(one) for one in config.data.skip], allowed)
+
+
 def _dense_layers(config: RunConfig) -> Iterator[Problem]:
     dense, layers = config.model.num_dense_layers, config.model.num_layers
     if dense > layers:
@@ -134,6 +141,7 @@ _CHECKS: tuple[Check, ...] = (
     _recomputed_once,
     _recompute_has_mixtures,
     _rope,
+    _skipped_ranges,
     _dense_layers,
     *BATCH_CHECKS,
 )

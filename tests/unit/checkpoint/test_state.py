@@ -15,9 +15,15 @@ STATE = TrainState(7, 14, 1792, 7, "a1b2")
 @given(
     counts=st.lists(st.integers(0, 2**62), min_size=4, max_size=4),
     run_id=st.none() | st.text(),
+    ends=st.sets(st.integers(0, 2**62), max_size=8),
+    corpus=st.none() | st.text(),
 )
-def test_round_trip(counts: list[int], run_id: str | None) -> None:
-    state = TrainState(counts[0], counts[1], counts[2], counts[3], run_id)
+def test_round_trip(
+    counts: list[int], run_id: str | None, ends: set[int], corpus: str | None
+) -> None:
+    in_order = sorted(ends)
+    skip_list = tuple(zip(in_order[::2], in_order[1::2], strict=False))
+    state = TrainState(counts[0], counts[1], counts[2], counts[3], run_id, skip_list, corpus)
     assert TrainState.from_json(state.to_json()) == state
 
 
@@ -34,6 +40,12 @@ def changed(**values: object) -> str:
         (changed(adam_step=1.5), "adam_step: found 1.5"),
         (changed(consumed_tokens=True), "consumed_tokens: found True"),
         (changed(wandb_run_id=3), "wandb_run_id: found 3; allowed: a string or null"),
+        (changed(corpus=3), "corpus: found 3; allowed: a string or null"),
+        (changed(skip_list=[[3, 2]]), "skip_list: found [[3, 2]]; allowed: ranges [first, end)"),
+        (changed(skip_list=[[1, 5], [5, 6]]), "skip_list: found"),
+        (changed(skip_list=[[1, 2, 3, 4]]), "skip_list: found"),
+        (changed(skip_list=[[1, 2], 3]), "skip_list: found"),
+        (changed(skip_list=[["1", 2]]), "skip_list: found"),
         ('{"schema_version": 1, "step": 3}', "consumed_samples: missing"),
         ("[]", "found list; allowed: an object"),
         ("{", "not JSON"),

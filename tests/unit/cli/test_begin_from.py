@@ -58,6 +58,18 @@ def test_what_is_no_checkpoint_is_refused(old: Path) -> None:
         inspect(config())
 
 
+@pytest.mark.parametrize("name", [layout.MARKER, layout.MANIFEST, layout.STATE, layout.CONFIG])
+def test_a_damaged_checkpoint_is_refused_in_one_line(old: Path, name: str) -> None:
+    (old / name).write_bytes(b"x")
+    with pytest.raises(ConfigError) as caught:
+        inspect(config())
+    [problem] = caught.value.problems
+    assert problem.path == "checkpoint.init_from"
+    assert len(str(problem).splitlines()) == 1
+    assert str(old) in problem.allowed
+    assert name in problem.allowed
+
+
 def test_a_run_that_has_begun_goes_on(old: Path) -> None:
     write_checkpoint(config(), 20)
     assert inspect(config("checkpoint.init_from=null")).clock.step == 20

@@ -171,13 +171,21 @@ def test_an_unfinished_checkpoint_does_not_count() -> None:
 def test_all_changes_that_mean_another_run_are_refused_at_once() -> None:
     write_checkpoint(config(), 10)
     with pytest.raises(ConfigError) as caught:
-        inspect(config("model.num_layers=3", "run.seed=4", "optim.lr=1", "data.path=x"))
+        inspect(config("model.num_layers=3", "run.seed=4", "optim.lr=1", "data.skip=[[79,90]]"))
     assert [problem.path for problem in caught.value.problems] == [
-        "data.path",
+        "data.skip",
         "model.num_layers",
         "run.seed",
     ]
     assert "runs/r was trained with 1234" in str(caught.value)
+
+
+def test_samples_to_come_are_skipped_from_here_on() -> None:
+    write_checkpoint(config(), 10)
+    launch = inspect(config("data.skip=[[80,88]]"))
+    assert launch.describe().splitlines()[-1] == "  data.skip: [] -> [[80, 88]]"
+    launch.write_config()
+    assert load_file(Path("runs/r/config.yaml")).data.skip == ((80, 88),)
 
 
 def test_the_checkpoint_decides_not_the_last_launch() -> None:

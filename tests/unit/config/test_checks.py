@@ -44,6 +44,8 @@ DISAGREEING = [
     (["model.num_experts_per_tok=13"], "model.num_experts_per_tok"),
     (["model.qk_rope_head_dim=15"], "model.qk_rope_head_dim"),
     (["model.num_dense_layers=5"], "model.num_dense_layers"),
+    (["data.skip=[[8,16],[20,20]]"], "data.skip"),
+    (["data.skip=[[16,8]]"], "data.skip"),
     (
         ["checkpoint.keep_last=null", "checkpoint.keep_every_steps=100"],
         "checkpoint.keep_every_steps",

@@ -1,6 +1,7 @@
 """Batches are the windows that the sampler names, read from the file by other means here."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,13 @@ def test_the_run_sees_one_order_through_ramps_layouts_and_restarts(
         consumed += dp_size * micro_batch_size * num_microbatches
     expected = [rows(batch)[0] for batch in one_by_one(train, first, consumed - first)]
     assert sorted(seen) == expected
+
+
+def test_skipped_samples_are_not_seen_and_others_keep_their_ids(train: Split) -> None:
+    skipping = replace(train, skip_list=((3, 5), (9, 10)))
+    everything = [rows(batch)[0] for batch in one_by_one(train, 0, 12)]
+    found = [rows(batch)[0] for batch in one_by_one(skipping, 0, 9)]
+    assert found == [row for row in everything if row[0] not in (3, 4, 9)]
 
 
 def test_another_seed_is_another_order(folder: Path, train: Split) -> None:

@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2_train.data.sampler import (
+    joined,
     num_unused_tokens,
     num_windows,
     sample_windows,
-    step_samples,
+    samples_at,
+    step_places,
 )
 
 SEEDS = st.integers(0, 2**70)
@@ -99,7 +101,7 @@ def test_ranks_take_what_the_assignment_rule_says(
             ]
             for microbatch in range(num_microbatches)
         ]
-        found = step_samples(
+        found = step_places(
             consumed,
             num_microbatches=num_microbatches,
             micro_batch_size=micro_batch_size,
@@ -117,7 +119,7 @@ def test_a_step_consumes_the_same_samples_at_any_dp_size(
     dp_size = data.draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
     micro_batch_size = data.draw(st.sampled_from([1, 2]))
     step = [
-        step_samples(
+        step_places(
             consumed,
             num_microbatches=global_batch_size // (dp_size * micro_batch_size),
             micro_batch_size=micro_batch_size,
@@ -145,3 +147,43 @@ def test_tokens_are_in_a_window_or_counted_as_unused(num_tokens: int, length: in
         for place in range(length + 1)
     }
     assert used == set(range(num_tokens - num_unused_tokens(num_tokens, length)))
+
+
+RANGES = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(1, 8)).map(lambda one: (one[0], sum(one))),
+    max_size=6,
+)
+
+
+@given(ranges=RANGES, more=RANGES)
+def test_a_joined_skip_list_has_the_samples_of_both(
+    ranges: list[tuple[int, int]], more: list[tuple[int, int]]
+) -> None:
+    skip_list = joined(joined((), ranges), more)
+    ids = [sample for first, end in skip_list for sample in range(first, end)]
+    assert set(ids) == {i for first, end in [*ranges, *more] for i in range(first, end)}
+    ends = [end for one in skip_list for end in one]
+    assert ends == sorted(set(ends)), "in order, and something between any two"
+
+
+@given(ranges=RANGES, first_place=st.integers(0, 60))
+def test_every_sample_but_the_skipped_has_its_place(
+    ranges: list[tuple[int, int]], first_place: int
+) -> None:
+    skipped = {i for first, end in ranges for i in range(first, end)}
+    expected = [i for i in range(200) if i not in skipped]
+    places = np.arange(first_place, first_place + 40).reshape(8, 5)
+    found = samples_at(places, joined((), ranges))
+    assert found.shape == places.shape
+    assert found.ravel().tolist() == expected[first_place : first_place + 40]
+
+
+@given(ranges=RANGES, place=st.integers(0, 60))
+def test_what_is_skipped_later_moves_nothing_before(
+    ranges: list[tuple[int, int]], place: int
+) -> None:
+    before = joined((), ranges)
+    sample = int(samples_at(np.array([place]), before).item())
+    after = joined(before, [(sample, sample + 3)])
+    passed = np.arange(place)
+    assert samples_at(passed, after).tolist() == samples_at(passed, before).tolist()
