@@ -26,6 +26,8 @@ from dsv2_train.recipe.clock import Clock, Schedule
 from dsv2_train.train.signals import StopSignals
 from dsv2_train.train.telemetry import Telemetry
 
+_WORTH_TELLING_S = 0.1
+
 _STOPS = (
     "the run stops, as checkpoint.on_failure says; the same line, given again, goes on from the "
     "newest complete checkpoint, which is as it was"
@@ -110,8 +112,8 @@ class Run:
         if step is None:
             return
         self._heed(self.checkpoints.wait, go_on)
-        if self.monitor is not None:
-            waited_s = time.perf_counter() - start_s
+        waited_s = time.perf_counter() - start_s
+        if self.monitor is not None and waited_s >= _WORTH_TELLING_S:
             self.monitor.message(
                 f"step {self.clock.step}: waited {waited_s:.1f} s for the checkpoint of step {step}"
             )
