@@ -140,10 +140,12 @@ class StageStep:
         training = not self._work.forward_only
         if activation is not None and training:
             activation.requires_grad_()
-        get_attr_wrapped_model(chunk, "set_input_tensor")([activation])
+        set_input = get_attr_wrapped_model(chunk, "set_input_tensor")
+        set_input([activation])
         is_last = self._stage.placement.is_last(self._stage.index, op.chunk)
         with torch.set_grad_enabled(training):
             output, loss_of = self._work.forward_step(self._work.data[op.chunk], chunk)
+            set_input([None])  # else the chunk holds it until its next forward
             if is_last:
                 loss, reported = loss_of(output)
                 self.reported.append(reported)
