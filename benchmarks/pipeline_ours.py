@@ -78,12 +78,12 @@ def _loop(actions: tuple[Action, ...], lanes: Lanes, stage: SleepingStage) -> No
         for message in action.posts:
             buffer = torch.empty(ACTIVATION_SHAPE)
             received[message] = lanes.receive(buffer, message.source), buffer
-        if action.takes is not None:
+        if action.takes is not None and not action.takes.is_local:
             received.pop(action.takes)[0].wait()
         for kind in parts(action.op.kind):
             with stage.op(kind, action.op.chunk):
                 pass
-        if action.sends is not None:
+        if action.sends is not None and not action.sends.is_local:
             sent.append(lanes.send(activation, action.sends.target))
     for work in sent:
         work.wait()

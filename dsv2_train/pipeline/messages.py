@@ -1,9 +1,9 @@
-"""What crosses between stages: who sends what when, and when its receive is posted.
+"""What ops hand to ops: who sends what when, and when its receive is posted.
 
-For each ordered pair of stages there is one channel. Its messages are the results of the sender's
-ops that the other stage needs, in the order of the sender's plan; activations and gradients share
-it where they go the same way. The receiver posts its receives of a channel in this very order, each
-one as early as this allows:
+A local message stays on its stage, as at the turn of a V. For each ordered pair of stages there is
+one channel. Its messages are the results of the sender's ops that the other stage needs, in the
+order of the sender's plan; activations and gradients share it where they go the same way. The
+receiver posts its receives of a channel in this very order, each one as early as this allows:
 
     receive j is posted before the first action at which fewer than `receives_ahead` earlier ones
     are posted and not taken; at the latest before the action that takes message j or a later one
@@ -26,7 +26,7 @@ RECEIVES_AHEAD = 4  # two on the way in each direction of the model
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """The result of an op, needed on another stage.
+    """The result of an op, needed by another op.
 
     Attributes:
         source: stage that computes it.
@@ -40,6 +40,11 @@ class Message:
     made_by: Op
     taken_by: Op
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it stays on its stage."""
+        return self.source == self.target
+
     def __str__(self) -> str:
         return f"{self.made_by} (stage {self.source} to stage {self.target})"
 
@@ -50,11 +55,11 @@ class Action:
 
     Attributes:
         posts: receives to post, without waiting.
-        takes: message to wait for; None where the input is at hand.
+        takes: message to wait for, or at hand if it is local; None for a W and at the model's ends.
         op: what to compute.
-        sends: message to send. Nothing may wait for it but its buffer, which is kept until it is
-            sent: stages that wait for their sends before they go on can deadlock
-            (interleaved_zb does, with four chunks on 16 stages).
+        sends: message to send, or to keep if it is local; None likewise. Nothing may wait for it
+            but its buffer, which is kept until it is sent: stages that wait for their sends before
+            they go on can deadlock (interleaved_zb does, with four chunks on 16 stages).
     """
 
     posts: tuple[Message, ...]
@@ -75,16 +80,17 @@ def with_messages(plan: Plan, receives_ahead: int = RECEIVES_AHEAD) -> Program:
     """
     sends = _sends(plan)
     channels: dict[tuple[int, int], list[Message]] = defaultdict(list)
+    takes: list[dict[Op, Message]] = [{} for _ in plan.ops]
     for message in itertools.chain.from_iterable(sends):
         if message is not None:
-            channels[message.source, message.target].append(message)
+            takes[message.target][message.taken_by] = message
+            if not message.is_local:
+                channels[message.source, message.target].append(message)
     places = [{op: place for place, op in enumerate(ops)} for ops in plan.ops]
-    takes: list[dict[Op, Message]] = [{} for _ in plan.ops]
     posts: list[dict[int, list[Message]]] = [defaultdict(list) for _ in plan.ops]
     for (_, target), messages in channels.items():
         taken = [places[target][message.taken_by] for message in messages]
         for message, place in zip(messages, post_places(taken, receives_ahead), strict=True):
-            takes[target][message.taken_by] = message
             posts[target][place].append(message)
     return tuple(
         tuple(
@@ -123,7 +129,7 @@ def _sends(plan: Plan) -> list[list[Message | None]]:
 
     def message(source: int, op: Op) -> Message | None:
         needed_by = result_to(plan.placement, source, op)
-        if needed_by is None or needed_by[0] == source:
+        if needed_by is None:
             return None
         target, chunk = needed_by
         forward = Op(Kind.F, op.microbatch, chunk)

@@ -216,13 +216,13 @@ class _Run:
                 for message in action.posts:
                     self._channels[message.source, stage].receives.append((message, now))
                     self._match(message.source, stage)
-            if action.takes is not None:
+            if action.takes is not None and not action.takes.is_local:
                 if action.op not in self._arrived[stage]:
                     return
                 now = max(now, self._arrived[stage].pop(action.op))
             self.starts_s[stage].append(now)
             ends_s.append(now + self._duration_s(stage, action.op))
-            if action.sends is not None:
+            if action.sends is not None and not action.sends.is_local:
                 target = action.sends.target
                 self._channels[stage, target].sends.append((action.sends, ends_s[-1]))
                 self._match(stage, target)

@@ -2,21 +2,37 @@
 
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from torch import Tensor
 
 from dsv2_train.config.run import RunConfig
+from dsv2_train.pipeline.plans import Op
+from dsv2_train.pipeline.stage.stage import StageStep
 from dsv2_train.train import loop
 from tests.helpers.corpus import synthetic_folder
 from tests.helpers.run import close_run, open_run, run_config
 from tests.helpers.world import World
 
+SLEEPS_S = {"F": 0.1, "B": 0.2, "W": 0.3}  # of microbatch 1 on the second stage, in drawn steps
+
 
 def _train(rank: int, config: RunConfig) -> None:
     run = open_run(rank, config)
-    loop.train(run)
+    compute = StageStep._compute
+
+    def slowed(step: StageStep, op: Op, arrived: Tensor | None) -> Tensor | None:
+        is_drawn = step._recorder is not None
+        if is_drawn and run.groups.pp.rank() == 1 and op.microbatch == 1:
+            time.sleep(SLEEPS_S[op.kind.value])
+        return compute(step, op, arrived)
+
+    with mock.patch.object(StageStep, "_compute", slowed):
+        loop.train(run)
     close_run(run)
 
 
@@ -73,6 +89,18 @@ def test_a_measured_timeline_has_the_ops_of_its_plan_in_order_and_leaves_no_gap(
             for name, events in (("measured", measured), ("planned", planned))
         }
         assert work["measured"] == pytest.approx(work["planned"], rel=1e-6)
+
+
+def test_an_op_of_known_duration_has_it_in_the_measured_timeline(folder: Path) -> None:
+    trace = json.loads((folder / "timelines" / "step_00000004.json").read_text())
+    waiting, slowed = (_spans(trace, 0, stage) for stage in range(2))
+    durations_s = {event["name"]: event["dur"] / 1e6 for event in slowed}
+    for kind, slept_s in SLEEPS_S.items():
+        assert durations_s[f"{kind}1.0"] >= slept_s - 1e-5  # rounding of the trace
+    # The other stage's B has nothing of it: that stage waits.
+    place = [event["name"] for event in waiting].index("B1.0")
+    assert waiting[place - 1]["cat"] == "wait"
+    assert waiting[place]["dur"] / 1e6 < SLEEPS_S["B"]
 
 
 def test_a_window_of_torch_s_profiler_that_the_run_ends_in_is_written(folder: Path) -> None:

@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from dsv2_train.config.run import RunConfig
@@ -56,6 +55,8 @@ MORE = {
     "zb_h1, EP 2": (_of("zb_h1"), "parallel.ep=2"),
     "zb_v, EP 2": (_of("zb_v", 2), "parallel.ep=2"),
     "interleaved_zb, EP 2": (_of("interleaved_zb", 4), "parallel.ep=2"),
+    "1f1b, DP 2": (_of("1f1b"), "parallel.ep=1"),
+    "interleaved, DP 2": (_of("interleaved", 2), "parallel.ep=1"),
     "zb_h1, DP 2": (_of("zb_h1"), "parallel.ep=1"),
     "zb_v, DP 2": (_of("zb_v", 2), "parallel.ep=1"),
     "zb_v, EP 2, recompute": (
@@ -268,49 +269,3 @@ def test_an_activation_of_another_shape_names_both_stages(world: World) -> None:
         "pipeline: F of microbatch 0, chunk 0 on stage 0 gives [23, 1, 48] bfloat16, "
         "but stage 1 expects [24, 1, 48] bfloat16"
     )
-
-
-Traced = list[tuple[str, frozenset[str]]]  # add or reduce, the weights it is of
-
-
-def _traced(rank: int, config: RunConfig) -> tuple[Traced, int]:
-    """Weight gradients and reductions of the second step in order; buckets of the stage."""
-    pipeline = Pipeline(config)
-    pipeline.step(2)
-    seen: Traced = []
-    add, reduce = Deferred.add, _ParamAndGradBucketGroup.start_grad_sync
-
-    def traced_add(deferred: Deferred) -> None:
-        seen.append(("add", frozenset([whole_of(deferred.weight).name])))
-        add(deferred)
-
-    def traced_reduce(group: _ParamAndGradBucketGroup, **named: bool) -> None:
-        weights = (weight for bucket in group.buckets for weight in bucket.params_list)
-        seen.append(("reduce", frozenset(whole_of(weight).name for weight in weights)))
-        reduce(group, **named)
-
-    with (
-        mock.patch.object(Deferred, "add", traced_add),
-        mock.patch.object(_ParamAndGradBucketGroup, "start_grad_sync", traced_reduce),
-    ):
-        pipeline.step(2)
-    process_groups.destroy()
-    chunks = pipeline.chunks
-    groups = (len(chunk.bucket_groups + chunk.expert_parallel_bucket_groups) for chunk in chunks)
-    return seen, sum(groups)
-
-
-@pytest.mark.parametrize("schedule", [_of("zb_h1"), _of("zb_v", 2)])
-def test_a_bucket_is_reduced_as_soon_as_its_last_weight_gradient_is_added(
-    world: World, schedule: tuple[str, ...]
-) -> None:
-    for seen, num_buckets in world.run(_traced, 4, pipeline_config(4, *schedule)):
-        assert num_buckets > 2
-        reductions = [place for place, (kind, _) in enumerate(seen) if kind == "reduce"]
-        assert len(reductions) == num_buckets
-        for place in reductions:
-            weights = seen[place][1]
-            adds = [idx for idx, (kind, of) in enumerate(seen) if kind == "add" and of <= weights]
-            if adds:  # a bucket of norms alone has its gradients from B
-                assert max(adds) == place - 1
-        assert sum(kind == "add" for kind, _ in seen[reductions[0] :]) > 5

@@ -45,8 +45,8 @@ class ChunkSync:
         self._groups = [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
 
     def gather_weights(self) -> None:
-        """Start to gather what the last update changed, in the order of the forward pass, dense
-        weights before those of experts.
+        """Start to gather what the last update changed, layer by layer in the order of the forward
+        pass, dense weights before those of experts.
 
         Note:
             Modules wait for their weights when they run. Over dp groups, where gathering overlaps;

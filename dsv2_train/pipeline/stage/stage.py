@@ -88,7 +88,7 @@ class StageStep:
         self._stage, self._work, self._recorder = stage, work, recorder
         self._in_flight: dict[MicrobatchChunk, tuple[Tensor | None, Tensor | GradientEdge]] = {}
         self._pending: dict[MicrobatchChunk, list[Deferred]] = {}
-        self._mailbox = Mailbox(stage.index, stage.placement, stage.lanes, work.activation)
+        self._mailbox = Mailbox(stage.lanes, work.activation)
 
     def run(self, actions: Sequence[Action]) -> None:
         """Run all actions, and wait for what they sent and for reduced gradients."""
@@ -115,13 +115,14 @@ class StageStep:
         op = action.op
         for message in action.posts:
             self._mailbox.post(message)
-        arrived = self._mailbox.take(action)
+        arrived = None if action.takes is None else self._mailbox.take(action.takes)
         self._mark("wait", "wait")
         result = self._compute(op, arrived)
         self._mark(op.kind.value, op.label)
         self.executed.append(op)
-        if result is not None:
-            self._mailbox.hand_on(action, result)
+        if action.sends is not None:
+            assert result is not None
+            self._mailbox.hand_on(action.sends, result)
 
     def _compute(self, op: Op, arrived: Tensor | None) -> Tensor | None:
         match op.kind:
@@ -140,10 +141,12 @@ class StageStep:
         training = not self._work.forward_only
         if activation is not None and training:
             activation.requires_grad_()
-        get_attr_wrapped_model(chunk, "set_input_tensor")([activation])
+        set_input = get_attr_wrapped_model(chunk, "set_input_tensor")
+        set_input([activation])
         is_last = self._stage.placement.is_last(self._stage.index, op.chunk)
         with torch.set_grad_enabled(training):
             output, loss_of = self._work.forward_step(self._work.data[op.chunk], chunk)
+            set_input([None])  # else the chunk holds it until its next forward
             if is_last:
                 loss, reported = loss_of(output)
                 self.reported.append(reported)

@@ -23,18 +23,22 @@ def test_receives_are_posted_in_the_order_of_the_sends_and_before_they_are_waite
     posted: dict[tuple[int, int], list[Message]] = {}
     for actions in program:
         open_posts: set[Message] = set()
+        kept: set[Message] = set()
         for action in actions:
             for message in action.posts:
                 posted.setdefault((message.source, message.target), []).append(message)
             open_posts |= set(action.posts)
             if action.takes is not None:
                 assert action.takes.taken_by == action.op
-                open_posts.remove(action.takes)
+                (kept if action.takes.is_local else open_posts).remove(action.takes)
             if action.sends is not None:
                 assert action.sends.made_by == action.op
+                if action.sends.is_local:
+                    kept.add(action.sends)
+                    continue
                 target = action.sends.target
                 sent.setdefault((action.sends.source, target), []).append(action.sends)
-        assert not open_posts
+        assert not open_posts and not kept
     assert posted == sent
 
 
@@ -42,11 +46,13 @@ def test_what_crosses_between_two_stages_of_a_v() -> None:
     """Activations of chunk 0 and gradients of chunk 1 go the same way; the turn stays at home."""
     program = with_messages(fixed.build("zb_v", Placement(2, 2, "v"), 1))
     sends = [action.sends for actions in program for action in actions if action.sends]
-    assert [(each.source, str(each.made_by), str(each.taken_by)) for each in sends] == [
-        (0, "F of microbatch 0, chunk 0", "F of microbatch 0, chunk 0"),
-        (0, "B of microbatch 0, chunk 1", "B of microbatch 0, chunk 1"),
-        (1, "F of microbatch 0, chunk 1", "F of microbatch 0, chunk 1"),
-        (1, "B of microbatch 0, chunk 0", "B of microbatch 0, chunk 0"),
+    assert [(e.source, e.target, str(e.made_by), str(e.taken_by)) for e in sends] == [
+        (0, 1, "F of microbatch 0, chunk 0", "F of microbatch 0, chunk 0"),
+        (0, 1, "B of microbatch 0, chunk 1", "B of microbatch 0, chunk 1"),
+        (1, 1, "F of microbatch 0, chunk 0", "F of microbatch 0, chunk 1"),
+        (1, 0, "F of microbatch 0, chunk 1", "F of microbatch 0, chunk 1"),
+        (1, 1, "B of microbatch 0, chunk 1", "B of microbatch 0, chunk 0"),
+        (1, 0, "B of microbatch 0, chunk 0", "B of microbatch 0, chunk 0"),
     ]
 
 
