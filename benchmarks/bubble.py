@@ -4,17 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.layer_split import head_layers, split_layers
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.placement import Placement
 from dsv2_train.config.schedules import SCHEDULES, Layout, is_possible, placement_shape
 from dsv2_train.config.sections.parallel import Recomputed
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.schedules.build import build_plan
-from dsv2_train.pipeline.schedules.model_costs import (
-    head_layers,
-    model_costs,
-    split_layers,
-)
+from dsv2_train.pipeline.schedules.model_costs import model_costs
 from dsv2_train.pipeline.schedules.run_plan import H800
 from dsv2_train.pipeline.simulate import Simulation, simulate
 from dsv2_train.pipeline.timeline import of_simulation, write_picture

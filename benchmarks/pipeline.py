@@ -86,26 +86,37 @@ class PipelineRow:
     Attributes:
         name: of the contender.
         step_s: wall time from a barrier to the end of the slowest rank's step, of each repeat.
+        work_s: a stage's step if it never waited.
         theoretical_step_s: of its order of ops, simulated.
         theoretical_bubble: idle share of the simulated step.
-        bubble: idle share of the median step.
-        excess: that minus the theoretical one.
-        least_excess: the same of the fastest step.
-        peak_activations: most chunk activations that a stage holds at once, over v: micro-batches.
+        peak_activations: most chunk activations that a stage holds at once, over v: microbatches.
         of_megatron: how many times as long megatron-core's 1F1B took.
         of_torch: how many times as long torch's ZB-V took.
     """
 
     name: str
     step_s: Times
+    work_s: float
     theoretical_step_s: float
     theoretical_bubble: float
-    bubble: float
-    excess: float
-    least_excess: float
     peak_activations: float
     of_megatron: Ratio
     of_torch: Ratio
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of the median step."""
+        return 1 - self.work_s / self.step_s.median
+
+    @property
+    def excess(self) -> float:
+        """The idle share beyond theory."""
+        return self.bubble - self.theoretical_bubble
+
+    @property
+    def least_excess(self) -> float:
+        """The same of the fastest step."""
+        return 1 - self.work_s / self.step_s.best - self.theoretical_bubble
 
 
 @dataclass(frozen=True)
@@ -172,15 +183,12 @@ def _row(
     step: PipelineStep, name: str, plan: Plan, seconds: Times, slowest: dict[str, Times]
 ) -> PipelineRow:
     theory = simulate(plan, step.costs(plan.placement))
-    bubble, least = (1 - step.work_s / each for each in (seconds.median, seconds.best))
     return PipelineRow(
         name=name,
         step_s=seconds,
+        work_s=step.work_s,
         theoretical_step_s=theory.step_s,
         theoretical_bubble=theory.bubble,
-        bubble=bubble,
-        excess=bubble - theory.bubble,
-        least_excess=least - theory.bubble,
         peak_activations=max(theory.peak_activations) / plan.placement.num_chunks,
         of_megatron=ratio(slowest[MEGATRON_1F1B], seconds),
         of_torch=ratio(slowest[TORCH_ZB_V], seconds),

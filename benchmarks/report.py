@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -135,7 +135,7 @@ def print_outcomes(outcomes: dict[str, Outcome]) -> None:
 def print_pipeline(step: PipelineStep, rows: list[PipelineRow]) -> None:
     """Print steps beside theory: seconds best / median; bubbles and excess of the median step."""
     durations = (step.forward_s, step.input_grad_s, step.weight_grad_s)
-    sizes = f"{step.num_stages} stages, {step.num_microbatches} micro-batches"
+    sizes = f"{step.num_stages} stages, {step.num_microbatches} microbatches"
     print(f"\n{sizes}, F/B/W {'/'.join(f'{1000 * each:g}' for each in durations)} ms a stage")
     print(
         f"{'':30}{'step, s':>15}{'theory':>8}{'bubble':>8}{'theory':>8}{'excess':>8}{'(best)':>8}"
@@ -168,8 +168,15 @@ def write(name: str, result: dict[str, Any]) -> Path:
     """Write results/<name>.json, with the machine it was measured on."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": _machine()} | result, indent=1, default=asdict) + "\n")
+    path.write_text(json.dumps({"machine": _machine()} | result, indent=1, default=_as_json) + "\n")
     return path
+
+
+def _as_json(record: Any) -> dict[str, Any]:
+    """A record's values, and those derived from them."""
+    given = [field.name for field in fields(record)]
+    derived = [name for name, one in vars(type(record)).items() if isinstance(one, property)]
+    return {name: getattr(record, name) for name in given + derived}
 
 
 def _machine() -> dict[str, Any]:

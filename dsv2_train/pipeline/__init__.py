@@ -1,1 +1,1 @@
-"""How micro-batches move through the pipeline."""
+"""How microbatches move through the pipeline."""

@@ -10,7 +10,7 @@ from dsv2_train.distributed.env import Env
 from dsv2_train.pipeline.executor import Executor
 from dsv2_train.pipeline.simulate import simulate
 from dsv2_train.pipeline.stage.recorder import Recorder
-from dsv2_train.pipeline.timeline import mean_costs, of_simulation, write_picture, write_trace
+from dsv2_train.pipeline.timeline import mean_costs, of_simulation, write
 
 
 class Profiler:
@@ -81,8 +81,4 @@ class Profiler:
                 simulate(plan, mean_costs(plan, timeline))
             ),
         }
-        folder = self._folder / "timelines"
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"step_{number:08}"
-        write_picture(timelines, stem.with_suffix(".png"))
-        write_trace(timelines, stem.with_suffix(".json"))
+        write(timelines, self._folder / "timelines", f"step_{number:08}")

@@ -106,6 +106,19 @@ def as_text(timeline: Timeline, width: int = 150) -> str:
     return "\n".join(lines)
 
 
+def write(timelines: Mapping[str, Timeline], folder: Path, name: str) -> None:
+    """Write timelines both ways: `<name>.png`, and `<name>.json` for Perfetto.
+
+    Args:
+        timelines: by title.
+        folder: where to; made if need be.
+        name: of the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_picture(timelines, folder / f"{name}.png")
+    write_trace(timelines, folder / f"{name}.json")
+
+
 def write_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
     """Draw timelines below each other with one time axis, as PNG.
 

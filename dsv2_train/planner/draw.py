@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.pipeline.schedules.run_plan import simulated_step
-from dsv2_train.pipeline.timeline import as_text, of_simulation, write_picture, write_trace
+from dsv2_train.pipeline.timeline import as_text, of_simulation, write
 from dsv2_train.planner.layout import num_microbatches
 from dsv2_train.recipe.batch_ramp import batch_size_at
 
@@ -25,7 +25,5 @@ def draw_step(config: RunConfig, folder: Path) -> str:
     title = (
         f"{config.parallel.schedule}, {microbatches} micro-batches, {simulation.bubble:.1%} idle"
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_picture({title: timeline}, folder / "pipeline.png")
-    write_trace({title: timeline}, folder / "pipeline.json")
+    write({title: timeline}, folder, "pipeline")
     return f"{title}\n{as_text(timeline, width=110)}"

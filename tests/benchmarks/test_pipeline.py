@@ -1,11 +1,22 @@
 """The comparison of pipeline runtimes: every contender sleeps what its plan says."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from benchmarks import pipeline
-from benchmarks.pipeline import Measured, PipelineStep, Planned, measure, plans, rows
+from benchmarks import pipeline, report
+from benchmarks.pipeline import (
+    Measured,
+    PipelineRow,
+    PipelineStep,
+    Planned,
+    measure,
+    plans,
+    rows,
+)
+from benchmarks.timing import Ratio, Times
 from dsv2_train.pipeline.plans import Kind
 from tests.helpers.world import World
 
@@ -43,3 +54,17 @@ def test_a_runtime_that_sleeps_in_another_order_is_found(world: World) -> None:
     planned = {pipeline.MEGATRON_1F1B: (runtime, replace(plan, ops=forwards_first))}
     with pytest.raises(RuntimeError, match=r"1f1b: stage \d did not sleep as planned"):
         world.run(_measured, STEP.num_stages, planned)
+
+
+def test_what_is_derived_from_a_row_is_written_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work of 6 s in steps of 8, 10 and 12 s, where theory has one of 7.5 s."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    one = Ratio(1.0, 1.0, 1.0, 1.0)
+    row = PipelineRow("ours", Times((8.0, 12.0, 10.0)), 6.0, 7.5, 0.2, 2.0, one, one)
+    written = json.loads(report.write("pipeline", {"rows": [row]}).read_text())["rows"][0]
+    assert written["step_s"] == {"seconds": [8.0, 12.0, 10.0], "best": 8.0, "median": 10.0}
+    assert written["bubble"] == pytest.approx(0.4)
+    assert written["excess"] == pytest.approx(0.2)
+    assert written["least_excess"] == pytest.approx(0.05)

@@ -149,7 +149,7 @@ def _by_hand(rank: int, config: RunConfig, count: int) -> dict[str, torch.Tensor
     gradients: dict[str, torch.Tensor] = {}
     with mock.patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", scale):
         for microbatch in range(count):
-            output, loss_of = pipeline._forward(iter([microbatch]), chunk.module)
+            output, loss_of = pipeline.forward_step(iter([microbatch]), chunk.module)
             weights = list(chunk.parameters())
             for weight, one in zip(
                 weights, torch.autograd.grad(loss_of(output)[0] / count, weights), strict=True
@@ -245,13 +245,13 @@ def test_stages_with_different_plans_are_both_named(world: World) -> None:
 def _cut_short(rank: int, config: RunConfig) -> str:
     """The first stage makes an activation that the other one, left out here, does not expect."""
     pipeline = Pipeline(config)
-    forward = pipeline._forward
+    forward = pipeline.forward_step
 
     def cut_short(data: object, chunk: torch.nn.Module) -> object:
         output, loss_of = forward(data, chunk)
         return output[1:], loss_of
 
-    pipeline._forward = cut_short  # type: ignore[method-assign]
+    pipeline.forward_step = cut_short  # type: ignore[method-assign]
     run = mock.patch.object(stages.StageStep, "run", lambda *unused: None)
     with run if rank else contextlib.nullcontext():
         try:

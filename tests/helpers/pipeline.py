@@ -73,7 +73,7 @@ class Pipeline:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         reported = self.executor(
-            forward_step_func=self._forward,
+            forward_step_func=self.forward_step,
             data_iterator=[iter(range(num_microbatches)) for _ in self.chunks],
             num_microbatches=num_microbatches,
             seq_length=self.config.recipe.sequence_length,
@@ -88,7 +88,7 @@ class Pipeline:
             owned_gradients(self.chunks), losses, ran.executed, ran.num_deferred, num_matrices
         )
 
-    def _forward(self, data: object, chunk: torch.nn.Module) -> object:
+    def forward_step(self, data: object, chunk: torch.nn.Module) -> object:
         microbatch = next(data)  # type: ignore[call-overload]
         generator = torch.Generator().manual_seed(1000 * self.groups.dp.rank() + microbatch)
         shape = (1, self.config.recipe.sequence_length)

@@ -6,7 +6,8 @@ number of stages, m of microbatches, v of chunks; F, B and W in the closed forms
 whole stage, all its chunks. A step's end is the same on all stages.
 """
 
-from collections import Counter
+import itertools
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 from dsv2_train.config.placement import Placement
@@ -26,7 +27,7 @@ def build(schedule: str, placement: Placement, num_microbatches: int) -> Plan:
         "zb_v": zb_v,
     }
     turns = [orders[schedule](p, stage, m, v) for stage in range(p)]
-    return Plan(schedule, placement, m, tuple(tuple(_numbered(order, m)) for order in turns))
+    return Plan(schedule, placement, m, tuple(tuple(numbered(order, m)) for order in turns))
 
 
 def schedules_of(placement: Placement) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ def one_f_one_b(p: int, stage: int, m: int, v: int) -> Iterator[Turn]:
 
     Idle: (p - 1) (F + B + W) on every stage. Held: p - stage activations.
     """
-    return _grouped(p, m, v, p - 1 - stage)
+    return _alternating(p, m, v, p - 1 - stage)
 
 
 def interleaved(p: int, stage: int, m: int, v: int) -> Iterator[Turn]:
@@ -50,7 +51,7 @@ def interleaved(p: int, stage: int, m: int, v: int) -> Iterator[Turn]:
     Idle: (p - 1) (F + B + W) / v on every stage where p divides m. Held: on the first stage
     (v + 1) p - 1 chunk activations, more than the v p of 1F1B.
     """
-    return _grouped(p, m, v, (v - 1) * p + 2 * (p - 1 - stage))
+    return _alternating(p, m, v, (v - 1) * p + 2 * (p - 1 - stage))
 
 
 def interleaved_zb(p: int, stage: int, m: int, v: int) -> Iterator[Turn]:
@@ -59,7 +60,7 @@ def interleaved_zb(p: int, stage: int, m: int, v: int) -> Iterator[Turn]:
     With one chunk it is ZB-H1. Idle: (p - 1) (F + B - W) / v on every stage where p divides m and
     no chunk's W takes longer than its F or B. Held: v p chunk activations, 1F1B's most.
     """
-    return _grouped(p, m, v, (v - 1) * p + p - 1 - stage, delay=stage)
+    return _with_split_gradients(_alternating(p, m, v, (v - 1) * p + p - 1 - stage), stage)
 
 
 def zb_v(p: int, stage: int, m: int, v: int) -> Iterator[Turn]:
@@ -82,7 +83,7 @@ def zb_v(p: int, stage: int, m: int, v: int) -> Iterator[Turn]:
     yield from [(Kind.W, 0)] * stage
 
 
-def _numbered(turns: Iterable[Turn], num_microbatches: int) -> Iterator[Op]:
+def numbered(turns: Iterable[Turn], num_microbatches: int) -> Iterator[Op]:
     """Ops of the turns of a stage; what is beyond the last microbatch is left out.
 
     A plan without some of its microbatches is a plan for the others: no op of one microbatch
@@ -95,25 +96,34 @@ def _numbered(turns: Iterable[Turn], num_microbatches: int) -> Iterator[Op]:
         seen[kind, chunk] += 1
 
 
-def _grouped(p: int, m: int, v: int, num_first: int, delay: int | None = None) -> Iterator[Turn]:
-    """Forwards of p microbatches chunk by chunk, backwards likewise from the last chunk.
+def _alternating(p: int, m: int, v: int, num_warmup: int) -> Iterator[Turn]:
+    """F and BW in turn after the first forwards; p microbatches chunk by chunk.
 
     Args:
         p: stages.
-        m: microbatches; whole groups are made, the last one may go beyond.
-        v: chunks.
-        num_first: forwards before the first pair of forward and backward.
-        delay: by how many Bs a W comes later; None for BW.
+        m: microbatches; whole groups of p are made, the last one may go beyond.
+        v: chunks; backwards go from the last one to the first.
+        num_warmup: forwards before the first pair of F and BW.
     """
-    chunks = [chunk for chunk in range(v) for _ in range(p)]
-    forwards = chunks * -(-m // p)
-    backwards = [v - 1 - chunk for chunk in forwards]
-    yield from ((Kind.F, chunk) for chunk in forwards[:num_first])
-    for place, chunk in enumerate(backwards):
-        if num_first + place < len(forwards):
-            yield Kind.F, forwards[num_first + place]
-        yield (Kind.BW if delay is None else Kind.B), chunk
-        if delay is not None and place >= delay:
-            yield Kind.W, backwards[place - delay]
-    if delay:
-        yield from ((Kind.W, chunk) for chunk in backwards[-delay:])
+    chunks = [chunk for chunk in range(v) for _ in range(p)] * -(-m // p)
+    forwards = [(Kind.F, chunk) for chunk in chunks]
+    backwards = [(Kind.BW, v - 1 - chunk) for chunk in chunks]
+    yield from forwards[:num_warmup]
+    for forward, backward in itertools.zip_longest(forwards[num_warmup:], backwards):
+        if forward is not None:
+            yield forward
+        yield backward
+
+
+def _with_split_gradients(turns: Iterable[Turn], num_deferred: int) -> Iterator[Turn]:
+    """B in place of each BW, and its W after so many more Bs; what is left comes at the end."""
+    deferred: deque[Turn] = deque()
+    for kind, chunk in turns:
+        if kind is not Kind.BW:
+            yield kind, chunk
+            continue
+        yield Kind.B, chunk
+        deferred.append((Kind.W, chunk))
+        if len(deferred) > num_deferred:
+            yield deferred.popleft()
+    yield from deferred

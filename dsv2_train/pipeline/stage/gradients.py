@@ -31,7 +31,7 @@ class GradientSync(Protocol):
 class ChunkSync:
     """A `GradientSync` for megatron-core's data-parallel wrapper of a chunk.
 
-    The wrapper's hooks count a gradient as complete at the backward pass of the last micro-batch,
+    The wrapper's hooks count a gradient as complete at the backward pass of the last microbatch,
     when a W that comes later has not added to it. So they are held back until the op that completes
     the chunk's gradients: a BW lets them go, a W counts weight by weight as it adds.
 

@@ -17,8 +17,9 @@ from dsv2_train.pipeline.messages import with_messages
 from dsv2_train.pipeline.plans import Kind, Op, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_plan
-from dsv2_train.pipeline.schedules.greedy import Problem, run_pass
+from dsv2_train.pipeline.schedules.list_schedule import list_schedule
 from dsv2_train.pipeline.schedules.search import search
+from dsv2_train.pipeline.schedules.step_graph import step_graph
 from dsv2_train.pipeline.simulate import peak_activations, simulate
 from tests.unit.pipeline.drawn import costs, placement, placements, v2_costs
 from tests.unit.pipeline.events import World
@@ -159,30 +160,69 @@ def test_a_pass_that_never_waits_takes_as_long_as_its_plan(
     count = place.num_virtual_stages
     each = [data.draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)) for _ in "FBW"]
     drawn = Costs(*(tuple(map(float, durations)) for durations in each), communication_s=3.0)
-    ranks = [[float(row + 4 * idx) for idx in range(m)] for row in range(3 * count)]
-    found = run_pass(Problem(place, m, drawn, 2 * count), ranks, 0.0, backwards=False)
-    plan = Plan("any", place, m, found.orders)
+    graph = step_graph(place, m, drawn, 2 * count)
+    priorities = {
+        queue: [float(row + 4 * idx) for idx in range(m)] for row, queue in enumerate(graph.queues)
+    }
+    found = list_schedule(graph, priorities, patience=0.0)
+    plan = Plan("any", place, m, found.ops(m))
     assert found.step_s == simulate(plan, drawn, with_messages(plan, 2 * m)).step_s
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_a_pass_takes_what_is_most_urgent_and_there_is_room_for(backwards: bool) -> None:
-    """One stage, two chunks, ranks that want all of chunk 0 first: room keeps a place for 1."""
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_a_pass_starts_what_is_most_urgent_and_there_is_room_for(is_mirrored: bool) -> None:
+    """One stage, two chunks, all of chunk 0 wanted first: room keeps a place for chunk 1."""
     place = Placement(1, 2, "loop")
-    problem = Problem(place, 3, Costs.equal(place, 2.0, 2.0, 2.0), max_activations=2)
-    ranks = [[float(row)] * 3 for row in range(6)]
-    found = run_pass(problem, ranks[::-1] if backwards else ranks, 0.0, backwards=backwards)
-    assert max(peak_activations(Plan("any", place, 3, found.orders))) == 2
+    graph = step_graph(place, 3, Costs.equal(place, 2.0, 2.0, 2.0), max_activations=2)
+    if is_mirrored:
+        graph = graph.mirrored()
+    urgency = [Kind.F, Kind.B, Kind.W][:: -1 if is_mirrored else 1]
+    priorities = {
+        (kind, chunk): [float(urgency.index(kind) + 3 * chunk)] * 3 for kind, chunk in graph.queues
+    }
+    found = list_schedule(graph, priorities, patience=0.0)
+    ops = (found.mirrored() if is_mirrored else found).ops(3)
+    assert max(peak_activations(Plan("any", place, 3, ops))) == 2
     assert found.step_s == 18.0
+
+
+def test_a_step_mirrored_twice_is_the_same_step() -> None:
+    place = placement("search", 3, 2)
+    graph = step_graph(place, 4, v2_costs(place, 0.1), 6)
+    assert graph.mirrored() != graph
+    assert graph.mirrored().mirrored() == graph
+    found = list_schedule(graph, {queue: [0.0] * 4 for queue in graph.queues}, patience=0.0)
+    assert found.mirrored() != found
+    assert found.mirrored().mirrored() == found
+
+
+@settings(max_examples=30)
+@given(data=st.data(), place=placements("search", max_stages=5), m=st.integers(1, 10))
+def test_a_pass_over_the_mirrored_step_is_a_plan_that_takes_no_longer(
+    data: st.DataObject, place: Placement, m: int
+) -> None:
+    """It starts every op as late as it can; the plan starts them as early as it can."""
+    count = place.num_virtual_stages
+    each = [data.draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)) for _ in "FBW"]
+    drawn = Costs(*(tuple(map(float, durations)) for durations in each), communication_s=3.0)
+    room = data.draw(st.integers(place.num_chunks, 2 * count))
+    graph = step_graph(place, m, drawn, room)
+    priorities = {queue: [float(idx) for idx in range(m)] for queue in graph.queues}
+    found = list_schedule(graph.mirrored(), priorities, patience=0.0).mirrored()
+    plan = Plan("any", place, m, found.ops(m))
+    simulation = simulate(plan, drawn, with_messages(plan, 2 * m))
+    assert simulation.step_s <= found.step_s
+    assert max(simulation.peak_activations) <= room
 
 
 def test_a_stage_waits_for_a_more_urgent_op_as_long_as_its_patience_allows() -> None:
     """At 3 stage 1 could start W of 0, which takes 4; F of 1 comes a quarter of that later."""
     place = Placement(2, 1, "loop")
-    problem = Problem(place, 2, Costs((2.0, 0.5), (1.0, 0.5), (1.0, 4.0)), max_activations=2)
-    ranks = [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+    graph = step_graph(place, 2, Costs((2.0, 0.5), (1.0, 0.5), (1.0, 4.0)), max_activations=2)
+    urgency = [Kind.F, Kind.B, Kind.W]
+    priorities = {queue: [float(urgency.index(queue[0]))] * 2 for queue in graph.queues}
     hasty, patient = (
-        [str(op.kind.value) for op in run_pass(problem, ranks, patience, backwards=False).orders[1]]
+        [op.kind.value for op in list_schedule(graph, priorities, patience).ops(2)[1]]
         for patience in (0.2, 0.3)
     )
     assert hasty == ["F", "B", "W", "F", "B", "W"]

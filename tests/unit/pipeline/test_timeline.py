@@ -16,6 +16,7 @@ from dsv2_train.pipeline.timeline import (
     Timeline,
     as_text,
     of_simulation,
+    write,
     write_picture,
     write_trace,
 )
@@ -97,3 +98,13 @@ def test_a_trace_has_every_op_at_its_time(tmp_path: Path) -> None:
         "ts": 2e6,
         "dur": 2e6,
     }
+
+
+def test_both_files_lie_in_a_folder_that_is_made(tmp_path: Path) -> None:
+    timelines = {"1f1b": of_simulation(simulated("1f1b"))}
+    write(timelines, tmp_path / "new" / "folder", "step.1")
+    write_trace(timelines, tmp_path / "trace.json")
+    found = {path.name: path for path in (tmp_path / "new" / "folder").iterdir()}
+    assert sorted(found) == ["step.1.json", "step.1.png"]
+    assert found["step.1.png"].read_bytes().startswith(b"\x89PNG")
+    assert found["step.1.json"].read_text() == (tmp_path / "trace.json").read_text()
