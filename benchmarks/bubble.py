@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.layer_split import head_layers, split_layers
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.placement import Placement
-from dsv2_train.config.schedules import SCHEDULES, Layout, is_possible, placement_shape
+from dsv2_train.config.schedules import SCHEDULES, TRAITS, placement_shape
 from dsv2_train.config.sections.parallel import Recomputed
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.schedules.build import build_plan
@@ -94,7 +94,8 @@ def draw(path: Path) -> None:
 def _layouts(num_layers: int | None = None) -> Iterator[tuple[str, Placement]]:
     for schedule in SCHEDULES:
         for chunks in range(1, MAX_CHUNKS + 1):
-            if is_possible(Layout(schedule, NUM_STAGES, chunks, num_layers=num_layers)):
+            has_layers = num_layers is None or NUM_STAGES * chunks <= num_layers
+            if TRAITS[schedule].runs(chunks) and has_layers:
                 shape = placement_shape(schedule, chunks)
                 yield schedule, Placement(NUM_STAGES, chunks, shape)
 
@@ -112,5 +113,4 @@ def _row(layout: tuple[str, Placement], costs: Costs) -> Row:
 
 
 def _simulate(schedule: str, place: Placement, count: int, costs: Costs) -> Simulation:
-    plan = build_plan(schedule, place.num_stages, count, place.num_chunks, costs)
-    return simulate(plan, costs)
+    return simulate(build_plan(schedule, place, count, costs=costs), costs)

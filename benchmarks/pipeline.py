@@ -25,6 +25,7 @@ from benchmarks.ranks import run_processes
 from benchmarks.sleeping import Contender, Slept, parts
 from benchmarks.timing import Ratio, Times, alternate, ratio
 from dsv2_train.config.placement import Placement
+from dsv2_train.config.schedules import placement_shape
 from dsv2_train.distributed.lanes import build_lanes
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Plan
@@ -136,8 +137,8 @@ def plans(step: PipelineStep) -> Planned:
     """Runtime and order of ops by contender, but for torch's, which torch tells."""
     planned = {}
     for runtime, schedule, v in CONTENDERS:
-        costs = step.costs(Placement(step.num_stages, v, "loop"))  # equal ones: of any shape
-        plan = build_plan(schedule, step.num_stages, step.num_microbatches, v, costs)
+        place = Placement(step.num_stages, v, placement_shape(schedule, v))
+        plan = build_plan(schedule, place, step.num_microbatches, costs=step.costs(place))
         planned[f"{runtime} {schedule}" + f" v={v}" * (v > 1)] = runtime, plan
     return planned
 

@@ -15,14 +15,23 @@ from dsv2_train.config.sections.base import Absent
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where it is, what was found there, what is allowed."""
+    """One mistake: where it is, what was found there, what is allowed.
+
+    Attributes:
+        path: dotted.
+        found: what is there.
+        allowed: what may be.
+        choices: overrides that mend it, each choice by itself.
+    """
 
     path: str
     found: object
     allowed: str
+    choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.path}: found {self.found!r}; {self.allowed}"
+        possible = f"; possible: {', or '.join(self.choices)}" if self.choices else ""
+        return f"{self.path}: found {self.found!r}; {self.allowed}{possible}"
 
 
 class ConfigError(Exception):

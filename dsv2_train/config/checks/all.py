@@ -1,8 +1,10 @@
 """What the sections of a configuration must agree on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from dsv2_train.config.checks.batch import BATCH_CHECKS
+from dsv2_train.config.checks.choices import working_overrides
 from dsv2_train.config.checks.monitor import MONITOR_CHECKS
 from dsv2_train.config.checks.pipeline import PIPELINE_CHECKS
 from dsv2_train.config.problems import Check, Problem, passing_over_absent, value_at
@@ -10,8 +12,25 @@ from dsv2_train.config.run import RunConfig
 
 
 def cross_check(config: RunConfig) -> list[Problem]:
-    """Run every check; one that needs a field that is itself wrong (so absent) is passed over."""
-    return [problem for check in _CHECKS for problem in passing_over_absent(check, config)]
+    """Run every check; one that needs a field that is itself wrong (so absent) is passed over.
+
+    The first problem with the pipeline's layout offers layouts without any such problem, and that
+    bring no other.
+    """
+    pipeline, others = _run(PIPELINE_CHECKS, config), _run(_OTHERS, config)
+
+    def works(changed: RunConfig) -> bool:
+        if _run(PIPELINE_CHECKS, changed):
+            return False
+        return all(problem in others for problem in _run(_OTHERS, changed))
+
+    if pipeline:
+        pipeline[0] = replace(pipeline[0], choices=tuple(working_overrides(config, works)))
+    return pipeline + others
+
+
+def _run(checks: Sequence[Check], config: RunConfig) -> list[Problem]:
+    return [problem for check in checks for problem in passing_over_absent(check, config)]
 
 
 def _is_one(path: str) -> Check:
@@ -123,10 +142,9 @@ def _deepep_has_bf16(config: RunConfig) -> Iterator[Problem]:
         yield Problem("recipe.precision", config.recipe.precision, allowed)
 
 
-_CHECKS: tuple[Check, ...] = (
+_OTHERS: tuple[Check, ...] = (
     _is_one("parallel.tp"),
     _is_one("parallel.cp"),
-    *PIPELINE_CHECKS,
     _equal_device_groups,
     _device_limit,
     _experts_within_reach,

@@ -17,6 +17,11 @@ def _whole_profile_window(config: RunConfig) -> Iterator[Problem]:
         yield Problem("monitor.profile.torch_last_step", last, allowed)
 
 
+def _some_rank_is_profiled(config: RunConfig) -> Iterator[Problem]:
+    if not config.monitor.profile.torch_ranks:
+        yield Problem("monitor.profile.torch_ranks", [], "must be at least one rank")
+
+
 def _profiled_ranks(config: RunConfig) -> Iterator[Problem]:
     ranks, size = config.monitor.profile.torch_ranks, config.parallel.world_size
     if any(rank >= size for rank in ranks):
@@ -47,6 +52,7 @@ def _within_the_run(path: str) -> Check:
 
 MONITOR_CHECKS: tuple[Check, ...] = (
     _whole_profile_window,
+    _some_rank_is_profiled,
     _profiled_ranks,
     _ranks_have_a_window,
     _within_the_run("monitor.profile.timeline_steps"),

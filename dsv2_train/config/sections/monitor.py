@@ -32,7 +32,7 @@ class ProfileConfig(Section):
     timeline_steps: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
     torch_first_step: PositiveInt | None = None
     torch_last_step: PositiveInt | None = None
-    torch_ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] = (0,)
+    torch_ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] = (0,)
 
 
 class MonitorConfig(Section):

@@ -1,51 +1,47 @@
 """The plan of a schedule by its name."""
 
 from dsv2_train.config.placement import Placement
-from dsv2_train.config.schedules import TRAITS, Layout, placement_shape, why_impossible
+from dsv2_train.config.schedules import TRAITS, placement_shape
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Kind, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.search import search
-from dsv2_train.pipeline.simulate import peak_activations
 
 
 def build_plan(
     schedule: str,
-    num_stages: int,
+    placement: Placement,
     num_microbatches: int,
-    num_chunks: int,
-    costs: Costs | None = None,
+    *,
+    costs: Costs,
     max_activations: int | None = None,
 ) -> Plan:
     """Make the plan of a schedule; equal arguments give equal plans, on every rank.
 
     Args:
         schedule: a name of `config.schedules`.
-        num_stages: p.
+        placement: where the chunks are, as the schedule has them (`placement_shape`).
         num_microbatches: m.
-        num_chunks: v, chunks on each stage.
-        costs: durations by virtual stage, read by `search` alone, which needs them.
-        max_activations: chunk activations that a stage may hold; for `search` p v if not given.
+        costs: durations by virtual stage; `search` orders ops by them.
+        max_activations: chunk activations that a stage of `search` may hold; p v if not given.
 
     Raises:
-        ValueError: the schedule cannot run this, with what can; or it holds more activations.
+        ValueError: the schedule cannot run this.
     """
-    refusal = why_impossible(
-        Layout(schedule, num_stages, num_chunks, num_microbatches, max_activations=max_activations)
-    )
-    if refusal is not None:
-        raise ValueError(str(refusal))
-    place = Placement(num_stages, num_chunks, placement_shape(schedule, num_chunks))
-    if TRAITS[schedule].is_searched:
-        if costs is None:
-            raise ValueError("costs: found None; search orders ops by their durations")
-        most = place.num_virtual_stages if max_activations is None else max_activations
-        return search(place, num_microbatches, costs, most)
-    plan = fixed.build(schedule, place, num_microbatches)
-    held = max(peak_activations(plan))
-    if max_activations is not None and held > max_activations:
-        raise ValueError(f"max_activations: found {max_activations}; {schedule} holds {held}")
-    return plan
+    p, v, traits = placement.num_stages, placement.num_chunks, TRAITS[schedule]
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches: found {num_microbatches}; must be at least 1")
+    if not traits.runs(v):
+        raise ValueError(f"num_chunks: found {v}; must be {traits.allowed_chunks} for {schedule}")
+    shape = placement_shape(schedule, v)
+    if placement.shape != shape:
+        raise ValueError(f"shape: found {placement.shape}; must be {shape} for {schedule}")
+    if not traits.is_searched:
+        return fixed.build(schedule, placement, num_microbatches)
+    room = p * v if max_activations is None else max_activations
+    if room < v:
+        raise ValueError(f"max_activations: found {room}; must be at least num_chunks = {v}")
+    return search(placement, num_microbatches, costs, room)
 
 
 def build_forward_plan(placement: Placement, num_microbatches: int) -> Plan:

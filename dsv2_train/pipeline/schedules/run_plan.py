@@ -3,7 +3,6 @@
 from functools import lru_cache
 
 from dsv2_train.config.run import RunConfig
-from dsv2_train.config.schedules import TRAITS
 from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules.build import build_plan
@@ -35,27 +34,18 @@ def run_costs(config: RunConfig) -> Costs:
 
 
 def run_plan(config: RunConfig, num_microbatches: int) -> Plan:
-    """The plan of a step; the same on every rank.
-
-    Raises:
-        ValueError: the schedule cannot run this layout.
-    """
+    """The plan of a step; the same on every rank."""
     parallel = config.parallel
     return build_plan(
         parallel.schedule,
-        parallel.pp,
+        parallel.placement,
         num_microbatches,
-        parallel.chunks,
-        run_costs(config) if TRAITS[parallel.schedule].is_searched else None,
-        parallel.max_activations,
+        costs=run_costs(config),
+        max_activations=parallel.max_activations,
     )
 
 
 @lru_cache(maxsize=4)
 def simulated_step(config: RunConfig, num_microbatches: int) -> Simulation:
-    """A step of the run as its schedule plans it; asked again it is the same record.
-
-    Raises:
-        ValueError: the schedule cannot run this layout.
-    """
+    """A step of the run as its schedule plans it; asked again it is the same record."""
     return simulate(run_plan(config, num_microbatches), run_costs(config))

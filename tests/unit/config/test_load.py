@@ -79,9 +79,9 @@ def test_every_mistake_is_told_once_and_at_once() -> None:
     assert list(problems) == [
         "model.hiden_size",
         "optim.lr",
+        "parallel.world_size",
         "parallel.tp",
         "parallel.cp",
-        "parallel.world_size",
         "parallel.ep",
     ]
 

@@ -231,9 +231,19 @@ def test_an_evaluation_of_a_v_runs_every_microbatch_forward() -> None:
     assert simulate(plan, Costs.equal(plan.placement, 1.0, 0, 0)).step_s == 5 + 3
 
 
-def test_too_little_room_for_a_fixed_order_is_refused() -> None:
-    assert build_plan("zb_h1", 4, 8, 1, max_activations=4).schedule == "zb_h1"
-    with pytest.raises(ValueError, match="max_activations: found 3; zb_h1 holds 4"):
-        build_plan("zb_h1", 4, 8, 1, max_activations=3)
-    with pytest.raises(ValueError, match="costs: found None; search orders ops by"):
-        build_plan("search", 4, 8, 1)
+@pytest.mark.parametrize(
+    ("schedule", "place", "count", "message"),
+    [
+        ("zb_h1", Placement(4, 1, "loop"), 0, "num_microbatches: found 0; must be at least 1"),
+        ("zb_v", Placement(4, 1, "loop"), 8, "num_chunks: found 1; must be 2 for zb_v"),
+        ("interleaved", Placement(4, 1, "loop"), 8, "num_chunks: found 1; must be at least 2 for"),
+        ("zb_v", Placement(4, 2, "loop"), 8, "shape: found loop; must be v for zb_v"),
+        ("interleaved", Placement(4, 2, "v"), 8, "shape: found v; must be loop for interleaved"),
+        ("search", Placement(4, 3, "loop"), 8, "max_activations: found 2; must be at least num_"),
+    ],
+)
+def test_what_a_schedule_cannot_run_is_refused(
+    schedule: str, place: Placement, count: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_plan(schedule, place, count, costs=v2_costs(place), max_activations=2)

@@ -130,7 +130,7 @@ PROGRAM = """
 from dsv2_train.pipeline.schedules.build import build_plan
 from tests.unit.pipeline.drawn import v2_costs, placement
 place = placement("search", 4, 3)
-print(repr(build_plan("search", 4, 9, 3, costs=v2_costs(place, 0.1), max_activations=9)))
+print(repr(build_plan("search", place, 9, costs=v2_costs(place, 0.1), max_activations=9)))
 """
 
 
@@ -147,7 +147,7 @@ def test_equal_arguments_give_equal_plans_in_another_process() -> None:
         for seed in ("1", "2")
     ]
     place = placement("search", 4, 3)
-    here = build_plan("search", 4, 9, 3, costs=v2_costs(place, 0.1), max_activations=9)
+    here = build_plan("search", place, 9, costs=v2_costs(place, 0.1), max_activations=9)
     assert plans == [f"{here!r}\n"] * 2
 
 
