@@ -8,6 +8,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dsv2_train.checkpoint.disk.layout import latest_complete
+from dsv2_train.cli.preflight.suite import require_preflight
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.checks.all import cross_check
 from dsv2_train.config.load import load_file
@@ -36,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     config = load_file(arguments.config)
     env = environment.start(TIMEOUT_S)
+    if config.cluster.preflight.before_training:
+        require_preflight(config, env)
     this_run = build_run(config, env)
     try:
         train(this_run)
