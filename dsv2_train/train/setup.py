@@ -33,9 +33,6 @@ from dsv2_train.train.run import Run
 from dsv2_train.train.signals import StopSignals
 from dsv2_train.train.telemetry import Telemetry
 
-# The first collectives wait for ranks that still build; later ones for the slowest step.
-TIMEOUT_S = 1800.0
-
 # Larger corpus files are held against their size at the start; `dsv2 validate` reads all of them.
 READ_AT_START_BYTES = 64 << 30
 
@@ -61,7 +58,8 @@ def build_run(config: RunConfig, env: Env) -> Run:
     if env.rank == 0:
         verify(Path(config.data.path), max_file_bytes=READ_AT_START_BYTES)
     choices = choose(config.parallel, env.device)
-    groups = process_groups.build(config.parallel, TIMEOUT_S)
+    timeout_s = config.cluster.group_timeout_s
+    groups = process_groups.build(config.parallel, timeout_s)
     models = [
         build_model(config, groups, choices, env.device, chunk)
         for chunk in range(config.parallel.chunks)
@@ -69,7 +67,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
     chunks = [wrap(model, config.parallel, config.recipe.precision, groups) for model in models]
     adam = choose_adam(config.optim.adam, env.device)
     optimizer = build_optimizer(chunks, config.optim, adam, groups)
-    hosts = process_groups.build_hosts(TIMEOUT_S)
+    hosts = process_groups.build_hosts(timeout_s)
     checkpoints = _checkpoints(config, optimizer, hosts)
     state = checkpoints.restore(list(optimizer.pieces()))
     if state is not None:
@@ -84,7 +82,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
     if monitor is not None:
         for damage in checkpoints.passed_over:
             monitor.alert("checkpoint", damage)
-    executor = build_executor(config, chunks, env.device, TIMEOUT_S)
+    executor = build_executor(config, chunks, env.device, timeout_s)
     run = Run(
         config=config,
         env=env,

@@ -6,6 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv2_train.config.placement import Placement
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.lanes import Lanes
 from dsv2_train.pipeline.messages import Action, Message
 from dsv2_train.pipeline.plans import Kind, Op, input_from, result_to
@@ -41,7 +43,8 @@ class Mailbox:
         """The activation of an F, the gradient of a B or BW; None for what needs none."""
         if action.takes is not None:
             work, buffer = self._receiving.pop(action.takes)
-            work.wait()
+            with activity.waiting(Place.ACTIVATION):
+                work.wait()
             return buffer
         if input_from(self._placement, self._stage, action.op) is None:
             return None
@@ -62,8 +65,9 @@ class Mailbox:
 
     def finish(self) -> None:
         """Wait until everything is sent."""
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        with activity.waiting(Place.SENDS):
+            while self._sending:
+                self._sending.popleft()[0].wait()
 
 
 def _key(op: Op, chunk: int) -> tuple[bool, int, int]:
