@@ -2,7 +2,8 @@
 
 A rank that a launcher has started keeps one record in a file of a folder that is in memory. Each
 thing it begins and ends is a mark; the record says what came last, and stays readable when the
-process is stopped or stuck. In a process without a launcher nothing is written.
+process is stopped or stuck. In a process without a launcher nothing is written. Where time goes is
+told from the same marks: an observer hears each of them.
 """
 
 import enum
@@ -13,6 +14,7 @@ import signal
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,9 @@ class Place(enum.Enum):
     WEIGHTS = "gathering of weights"
     REDUCTION = "all-reduce"
     OBJECTS = "exchange of objects between hosts"
+
+
+Observer = Callable[[Phase, str, Place, bool], None]
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,16 @@ def start() -> None:
         _OURS.start(Path(folder), int(os.environ["RANK"]))
 
 
+def observe(observer: Observer | None) -> None:
+    """Tell `observer` of what this rank is at now and at every mark, until another call.
+
+    Args:
+        observer: takes phase, pipeline op (empty outside), place and whether the rank waits there;
+            from autograd's thread too. None ends it.
+    """
+    _OURS.observe(observer)
+
+
 def begin_step(step: int) -> None:
     """A step begins, counted from 1."""
     _OURS.begin_step(step)
@@ -126,17 +141,17 @@ def end_op() -> None:
 
 def phase(phase: Phase) -> AbstractContextManager[None]:
     """What the run is at while the block runs; afterwards, what it was at before."""
-    return _PHASES[phase] if _OURS.is_kept else _NOTHING
+    return _PHASES[phase] if _OURS.is_marked else _NOTHING
 
 
 def working(place: Place) -> AbstractContextManager[None]:
     """This rank works there, and others may wait for it, while the block runs."""
-    return _WORKING[place] if _OURS.is_kept else _NOTHING
+    return _WORKING[place] if _OURS.is_marked else _NOTHING
 
 
 def waiting(place: Place) -> AbstractContextManager[None]:
     """This rank may wait for others while the block runs."""
-    return _WAITING[place] if _OURS.is_kept else _NOTHING
+    return _WAITING[place] if _OURS.is_marked else _NOTHING
 
 
 def file_of(folder: Path, rank: int) -> Path:
@@ -190,6 +205,8 @@ class _Activity:
 
     def __init__(self) -> None:
         self.is_kept = False
+        self.is_marked = False
+        self._observer: Observer | None = None
         self._memory: mmap.mmap | bytearray = bytearray(_END)
         self._step = self._marks = self._microbatch = self._chunk = self._ticks = 0
         self._op = b""
@@ -202,7 +219,7 @@ class _Activity:
         temporary.write_bytes(bytes(_END))
         with temporary.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), _END)
-        self.is_kept = True
+        self.is_kept = self.is_marked = True
         _HEADER.pack_into(self._memory, 0, os.getpid(), 0, 0)
         self._write()
         # The signal ends a process that has not said what to do with it: first this, then the name.
@@ -210,6 +227,11 @@ class _Activity:
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         temporary.rename(path)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def observe(self, observer: Observer | None) -> None:
+        self._observer = observer
+        self.is_marked = self.is_kept or observer is not None
+        self._tell()
 
     def begin_step(self, step: int) -> None:
         self._step, self._marks = step, 0
@@ -244,6 +266,13 @@ class _Activity:
         if self.is_kept:
             self._marks += 1
             self._write()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._observer is not None:
+            place, waits = self._places[-1]
+            phase = _EVERY_PHASE[self._phases[-1]]
+            self._observer(phase, self._op.decode(), _EVERY_PLACE[place], waits)
 
     def _write(self) -> None:
         place, waits = self._places[-1]

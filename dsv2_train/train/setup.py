@@ -21,6 +21,7 @@ from dsv2_train.model.build import build_model
 from dsv2_train.model.gpt import DeepSeekV2Model
 from dsv2_train.model.implementation import Choice, choose
 from dsv2_train.monitor.monitor import Monitor
+from dsv2_train.monitor.ranks.watch import RankWatch
 from dsv2_train.monitor.report import StartUp, start_up_table
 from dsv2_train.optim.adam import choose_adam
 from dsv2_train.optim.build import build_optimizer, wrap
@@ -82,6 +83,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
     if monitor is not None:
         for damage in checkpoints.passed_over:
             monitor.alert("checkpoint", damage)
+    ranks = RankWatch(config, monitor, hosts, env.device)
     executor = build_executor(config, chunks, env.device, timeout_s)
     run = Run(
         config=config,
@@ -97,7 +99,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
         validation_split=_split(config, "validation"),
         checkpoints=checkpoints,
         monitor=monitor,
-        telemetry=_telemetry(config, monitor, models, groups, env.device),
+        telemetry=_telemetry(config, monitor, models, groups, ranks, env.device),
         profiler=Profiler(config, env, executor),
         signals=StopSignals(hosts),
     )
@@ -151,11 +153,12 @@ def _telemetry(
     monitor: Monitor | None,
     models: list[DeepSeekV2Model],
     groups: ProcessGroupCollection,
+    ranks: RankWatch,
     device: torch.device,
 ) -> Telemetry:
     world, dp_size = groups.intra_dist_opt, groups.dp.size()
     mixtures = {layer: one for model in models for layer, one in model.mixtures().items()}
-    return Telemetry(config, monitor, mixtures, world, dp_size, device)
+    return Telemetry(config, monitor, mixtures, world, ranks, dp_size, device)
 
 
 def _start_up(run: Run, choices: list[Choice]) -> StartUp:

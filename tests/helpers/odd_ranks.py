@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 
 from dsv2_train.cli.preflight import clocks, device, links, suite, versions
+from dsv2_train.optim.zero import ZeroOptimizer
+from dsv2_train.pipeline.stage.stage import StageStep
+from dsv2_train.train import step
 from tests.helpers.saved import files_up_to
 
 SKEW_S = 3.0
 DELAY_S = 0.5
 
-Oddity = Callable[[], AbstractContextManager[None]]
+Oddity = Callable[[], AbstractContextManager[Any]]
 
 
 @contextmanager
@@ -74,4 +77,47 @@ def flipped_bits() -> Iterator[None]:
 def own_host() -> Iterator[None]:
     """It is on a host of its own."""
     with patch.object(suite.socket, "gethostname", lambda: "other"):
+        yield
+
+
+PAUSE_S = 0.12
+
+
+def _slow(owner: Any, name: str) -> AbstractContextManager[Any]:
+    """Whatever is called by that name begins with a pause."""
+    called = getattr(owner, name)
+
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(PAUSE_S)
+        return called(*args, **kwargs)
+
+    return patch.object(owner, name, paused)
+
+
+def slow_forward() -> AbstractContextManager[Any]:
+    """It takes its time over each forward pass."""
+    return _slow(StageStep, "_forward")
+
+
+def slow_backward() -> AbstractContextManager[Any]:
+    """It takes its time over each backward pass."""
+    return _slow(StageStep, "_backward")
+
+
+def slow_update() -> AbstractContextManager[Any]:
+    """It takes its time over the update."""
+    return _slow(ZeroOptimizer, "_copy_masters_to_weights")
+
+
+@contextmanager
+def slow_data() -> Iterator[None]:
+    """It takes its time over each batch."""
+    batches = step.batches
+
+    def paused(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for batch in batches(*args, **kwargs):
+            time.sleep(PAUSE_S)
+            yield batch
+
+    with patch.object(step, "batches", paused):
         yield
