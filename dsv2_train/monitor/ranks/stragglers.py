@@ -38,15 +38,15 @@ class Stragglers:
     faster one is the median, and a rank that is alone in its stage is not judged.
 
     Args:
-        config: the rule.
+        slow_ranks: the rule.
         stages: ranks of each.
         hosts: by rank.
     """
 
     def __init__(
-        self, config: SlowRankConfig, stages: Sequence[Sequence[int]], hosts: Sequence[str]
+        self, slow_ranks: SlowRankConfig, stages: Sequence[Sequence[int]], hosts: Sequence[str]
     ) -> None:
-        self._config, self._stages, self._hosts = config, stages, hosts
+        self._slow_ranks, self._stages, self._hosts = slow_ranks, stages, hosts
         self._times_slow: dict[tuple[int, Part], int] = {}
 
     def check(self, times_s: Times) -> list[str]:
@@ -58,7 +58,7 @@ class Stragglers:
         """
         slow = {(one.rank, one.part): one for one in self._slow(times_s)}
         self._times_slow = {key: self._times_slow.get(key, 0) + 1 for key in slow}
-        patience = self._config.patience
+        patience = self._slow_ranks.patience
         begun = [slow[key] for key, count in self._times_slow.items() if count == patience]
         return [self._sentence(one) for one in begun]
 
@@ -80,13 +80,13 @@ class Stragglers:
                 usual_s = median_low(times_s[rank][place] for rank in stage)
                 for rank in stage:
                     elapsed_s = times_s[rank][place]
-                    costs = elapsed_s - usual_s >= self._config.min_share * step_s
-                    if costs and elapsed_s >= self._config.min_ratio * usual_s:
+                    costs = elapsed_s - usual_s >= self._slow_ranks.min_share * step_s
+                    if costs and elapsed_s >= self._slow_ranks.min_ratio * usual_s:
                         ratio = elapsed_s / usual_s if usual_s else float("inf")
                         yield Slow(rank, part, elapsed_s, ratio)
 
     def _sentence(self, one: Slow) -> str:
-        times = f"{self._config.patience} measured steps"
+        times = f"{self._slow_ranks.patience} measured steps"
         return (
             f"rank {one.rank} ({self._hosts[one.rank]}) is slow: {one.part} takes "
             f"{one.elapsed_s:.3g} s of its step, {one.ratio:.2f} times the median of its stage, "
