@@ -288,5 +288,6 @@ def test_a_launcher_ends_ranks_that_hang_and_says_why_last(
     assert last[1].startswith("  rank 1 is missing: step 7, W of microbatch 3, chunk 0, for ")
     assert why in last[1]
     assert last[2] == "  rank 0: step 7, forward and backward, waits in reduction of gradients"
+    assert last[-1].startswith("everything the ranks wrote: logs/")
     assert "out of memory" not in done.stderr
     assert "worker.py" in (tmp_path / "logs/hang_1/rank_00000.stacks").read_text()
