@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from dsv2_train.cli.launch.failure import describe_failure, first_error
+from dsv2_train.cli.launch.failure import describe_failure, first_error, where_ranks_wrote
 from dsv2_train.cli.launch.hang.watchdog import Watchdog
 from dsv2_train.cli.main import EXIT_CONFIG_ERROR, EXIT_FAILED
 
@@ -73,7 +73,8 @@ def run_ranks(
     if status == 0:
         return Outcome(0, bool(received))
     if watchdog.hang is not None:
-        print(f"the ranks were ended:\n{watchdog.hang.text}", file=sys.stderr)
+        where = where_ranks_wrote(log_dir)
+        print(f"\nthe ranks were ended:\n{watchdog.hang.text}\n{where}", file=sys.stderr)
         return Outcome(EXIT_FAILED, bool(received))
     error = first_error(log_dir)
     if received and status > 0 and error is None:

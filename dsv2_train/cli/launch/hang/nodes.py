@@ -7,6 +7,7 @@ first node reads and decides.
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,9 @@ class Nodes:
         self._told_s = self._now()
         self._words += 1
         said = {"words": self._words, "ranks": [as_values(each) for each in ours]}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._file(self._node), json.dumps(said))
+        with suppress(OSError):  # a full disk is no reason to stop watching
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._file(self._node), json.dumps(said))
 
     def everyone(self, ours: Sequence[Sighting]) -> tuple[list[Sighting], list[int]]:
         """The ranks of all nodes as they were told last, and those of silent nodes among them."""

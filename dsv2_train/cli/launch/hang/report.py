@@ -29,17 +29,20 @@ class Report:
 
 
 def write(folder: Path, verdict: Verdict, sightings: Sequence[Sighting]) -> Report:
-    """Write down who is missing where, and what all others do."""
-    report = Report(folder, describe(folder, verdict, sightings))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / TEXT, report.text + "\n")
+    """Write down who is missing where, and what all others do; a full disk leaves the text."""
+    text = describe(folder, verdict, sightings)
     values = {
         "missing": list(verdict.missing),
         "why": verdict.why.name,
         "ranks": [{**as_values(each), "doing": str(each.record)} for each in sightings],
     }
-    write_whole(folder / VALUES, json.dumps(values, indent=1))  # the last: now it is whole
-    return report
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / TEXT, f"{text}\n")
+        write_whole(folder / VALUES, json.dumps(values, indent=1))  # the last: now it is whole
+    except OSError as error:
+        text += f"\n  this report could not be written: {error}"
+    return Report(folder, text)
 
 
 def find(folder: Path) -> Report | None:

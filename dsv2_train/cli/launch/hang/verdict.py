@@ -42,7 +42,7 @@ class Sighting:
     @property
     def has_ended(self) -> bool:
         """Whether the process is no more."""
-        return self.state in ("", "Z", "X")
+        return not is_alive_in(self.state)
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ def decide(
     furthest = min((each.record.step, each.record.marks) for each in living)
     behind = (each.rank for each in living if (each.record.step, each.record.marks) == furthest)
     return Verdict(tuple(sorted(behind)), Why.BEHIND)
+
+
+def is_alive_in(state: str) -> bool:
+    """Whether a process in this state may do anything still; states as in `Sighting`."""
+    return state not in ("", "Z", "X")
 
 
 def _is_stuck(sighting: Sighting, timeout_s: float) -> bool:

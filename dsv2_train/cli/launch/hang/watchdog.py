@@ -15,11 +15,12 @@ from dsv2_train.cli.launch.hang import report as reports
 from dsv2_train.cli.launch.hang.nodes import Nodes
 from dsv2_train.cli.launch.hang.observer import Observer, state_of
 from dsv2_train.cli.launch.hang.report import Report
-from dsv2_train.cli.launch.hang.verdict import Sighting, decide
+from dsv2_train.cli.launch.hang.verdict import Sighting, decide, is_alive_in
 from dsv2_train.distributed import activity
 
 _LOOK_EVERY_S = 0.5
 _STACKS_WITHIN_S = 2.0
+_KILLED_WITHIN_S = 5.0  # longer takes only a process that waits for a broken device
 _MEMORY = Path("/dev/shm")
 
 
@@ -101,8 +102,7 @@ class Watchdog:
             sys.stderr.flush()
         _collect_stacks(folder, ours, report.folder)
         _send(signal.SIGKILL, ours)
-        while not all(state_of(each.record.pid) in ("", "Z", "X") for each in ours):
-            time.sleep(0.05)
+        _wait_until_gone(ours)
         _forget(folder, ours)
         self._reported += 1
         self._last = report
@@ -122,7 +122,16 @@ def _collect_stacks(folder: Path, ours: Sequence[Sighting], target: Path) -> Non
         time.sleep(0.2)
     for rank, file in files.items():
         if file.exists() and file.stat().st_size:
-            shutil.copyfile(file, activity.stacks_of(target, rank))
+            with suppress(OSError):  # a full disk
+                shutil.copyfile(file, activity.stacks_of(target, rank))
+
+
+def _wait_until_gone(ours: Sequence[Sighting]) -> None:
+    deadline_s = time.monotonic() + _KILLED_WITHIN_S
+    while time.monotonic() < deadline_s and any(
+        is_alive_in(state_of(each.record.pid)) for each in ours
+    ):
+        time.sleep(0.05)
 
 
 def _forget(folder: Path, ours: Sequence[Sighting]) -> None:
