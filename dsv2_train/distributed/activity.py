@@ -231,7 +231,8 @@ class _Activity:
     def observe(self, observer: Observer | None) -> None:
         self._observer = observer
         self.is_marked = self.is_kept or observer is not None
-        self._tell()
+        if observer is not None:
+            self._tell(observer)
 
     def begin_step(self, step: int) -> None:
         self._step, self._marks = step, 0
@@ -266,13 +267,13 @@ class _Activity:
         if self.is_kept:
             self._marks += 1
             self._write()
-        self._tell()
-
-    def _tell(self) -> None:
         if self._observer is not None:
-            place, waits = self._places[-1]
-            phase = _EVERY_PHASE[self._phases[-1]]
-            self._observer(phase, self._op.decode(), _EVERY_PLACE[place], waits)
+            self._tell(self._observer)
+
+    def _tell(self, observer: Observer) -> None:
+        place, waits = self._places[-1]
+        phase = _EVERY_PHASE[self._phases[-1]]
+        observer(phase, self._op.decode(), _EVERY_PLACE[place], waits)
 
     def _write(self) -> None:
         place, waits = self._places[-1]
