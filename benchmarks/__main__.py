@@ -1,4 +1,4 @@
-"""Measure: steps, growth with experts, ops; exchange, dropping, balance; pipelines; checkpoints."""
+"""Measure: steps, experts, ops; exchange, dropping, balance; pipelines; checkpoints; activity."""
 
 import argparse
 import functools
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import bubble, checkpoint, report
+from benchmarks import activity, bubble, checkpoint, report
 from benchmarks.balance import draw, outcome, train_all
 from benchmarks.dropping import BIAS_STDS, SEEDS, dropped_shares
 from benchmarks.exchange import (
@@ -46,6 +46,7 @@ def main() -> None:
         "bubble": _bubble,
         "pipeline": _pipeline,
         "checkpoint": _checkpoint,
+        "activity": _activity,
     }
     slow = ("balance", "bubble", "pipeline", "checkpoint")
     default = [name for name in parts if name not in slow]
@@ -151,6 +152,13 @@ def _checkpoint(repeats: int) -> None:
         checkpoint.show(one, num_ranks)
         found[f"{num_ranks} ranks"] = one
     print(f"\nwritten: {report.write('checkpoint', found)}")
+
+
+def _activity(repeats: int) -> None:
+    """What it costs to be watched; a second."""
+    costs = activity.cost_us(repeats)
+    activity.show(costs)
+    print(f"\nwritten: {report.write('activity', {'us': costs})}")
 
 
 def _bubble(repeats: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import distributed as dist
 
 from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.collectives import all_max
 
 T = TypeVar("T")
@@ -82,13 +84,15 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[T | _Failure | None] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, group=self._group, group_dst=0)
+        with activity.waiting(Place.OBJECTS):
+            dist.gather_object(value, values, group=self._group, group_dst=0)
         return cast(list[T | _Failure], values)
 
     def _broadcast(self, value: R | _Failure | None) -> R | _Failure | None:
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, group=self._group, group_src=0)
+            with activity.waiting(Place.OBJECTS):
+                dist.broadcast_object_list(values, group=self._group, group_src=0)
         return values[0]
 
 

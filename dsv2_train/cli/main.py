@@ -14,6 +14,7 @@ VERBS = {
     "prepare": "turn text into a data folder: tokenizer, .bin/.idx, manifest",
     "validate": "check a configuration and its data, start nothing",
     "plan": "what a run costs and where everything is, without a GPU",
+    "preflight": "is this node fit for a run? versions, devices, links, disk, clocks",
     "train": "one rank of a run; launch/local.sh starts them all",
     "export": "a checkpoint becomes a Hugging Face folder",
     "import": "a Hugging Face folder becomes a checkpoint of weights",
@@ -23,7 +24,7 @@ VERBS = {
     "checkpoint diff": "what differs between two: config, clock, tensors",
 }
 # A verb's module has its words for a name, unless it is told here.
-_MODULES = {"export": "hf.export_verb", "import": "hf.import_verb"}
+_MODULES = {"preflight": "preflight.verb", "export": "hf.export_verb", "import": "hf.import_verb"}
 
 EXIT_FAILED = 1
 EXIT_CONFIG_ERROR = 2

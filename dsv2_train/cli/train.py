@@ -8,16 +8,19 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dsv2_train.checkpoint.disk.layout import latest_complete
+from dsv2_train.cli.preflight.suite import require_preflight
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.checks.all import cross_check
 from dsv2_train.config.load import load_file
 from dsv2_train.config.run import RunConfig
+from dsv2_train.distributed import activity
 from dsv2_train.distributed import env as environment
 from dsv2_train.distributed import groups as process_groups
+from dsv2_train.distributed.activity import Phase
 from dsv2_train.monitor.report import Closing, closing_message
 from dsv2_train.train.loop import train
 from dsv2_train.train.run import Run
-from dsv2_train.train.setup import TIMEOUT_S, build_run
+from dsv2_train.train.setup import build_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,17 +37,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     The outermost frame that sees an exception, so that torchrun learns which rank raised it first.
     """
+    activity.start()
     config = load_file(arguments.config)
-    env = environment.start(TIMEOUT_S)
+    env = environment.start(config.cluster.group_timeout_s)
+    if config.cluster.preflight.before_training:
+        require_preflight(config, env)
     this_run = build_run(config, env)
     try:
-        train(this_run)
+        with activity.phase(Phase.BETWEEN_STEPS):
+            train(this_run)
     finally:
         if this_run.monitor is not None:
             this_run.monitor.close()
-    _say_what_is_where(this_run, arguments.command)
-    process_groups.destroy()
-    environment.stop()
+    with activity.phase(Phase.END):
+        _say_what_is_where(this_run, arguments.command)
+        process_groups.destroy()
+        environment.stop()
     return 0
 
 

@@ -1,6 +1,6 @@
 """Rows to the ranks of a group and back, while this rank computes something else.
 
-    exchange = Exchange(send_counts, receive_counts, group)
+    exchange = Exchange(send_counts, receive_counts, group, Place.DISPATCH)
     in_flight = exchange.issue(rows, gates)
     ...                                         # computed while the rows travel
     rows, gates = exchange.wait(*in_flight)
@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
+
 
 class Exchange:
     """One all-to-all of rows, to be issued and waited for once forward and once backward.
@@ -30,13 +33,19 @@ class Exchange:
         send_counts: rows for each rank of the group, in the order of ranks; they add up to S.
         receive_counts: rows from each; they add up to R.
         group: over which the rows travel.
+        place: what a rank is said to be in while it issues and waits.
     """
 
     def __init__(
-        self, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup
+        self,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        group: dist.ProcessGroup,
+        place: Place,
     ) -> None:
         self._send, self._receive = list(send_counts), list(receive_counts)
         self._group = group
+        self._place = place
         self._held: list[tuple[dist.Work, Tensor, Tensor]] = []
 
     def issue(self, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -57,20 +66,22 @@ class Exchange:
         """Issue without autograd; `back` sends [R, ...] to where they came from."""
         assert not self._held, "what was issued before has not been waited for"
         send, receive = (self._receive, self._send) if back else (self._send, self._receive)
-        for sent in rows:
-            source = sent.contiguous()
-            target = source.new_empty(sum(receive), *source.shape[1:])
-            work = dist.all_to_all_single(
-                target, source, receive, send, group=self._group, async_op=True
-            )
-            self._held.append((work, source, target))
+        with activity.working(self._place):
+            for sent in rows:
+                source = sent.contiguous()
+                target = source.new_empty(sum(receive), *source.shape[1:])
+                work = dist.all_to_all_single(
+                    target, source, receive, send, group=self._group, async_op=True
+                )
+                self._held.append((work, source, target))
         return tuple(target for _, _, target in self._held)
 
     def finish(self) -> tuple[Tensor, ...]:
         """Wait without autograd for what `start` issued."""
         held, self._held = self._held, []
-        for work, _, _ in held:
-            work.wait()
+        with activity.waiting(self._place):
+            for work, _, _ in held:
+                work.wait()
         return tuple(target for _, _, target in held)
 
 

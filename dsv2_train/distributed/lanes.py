@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
+
 T = TypeVar("T")
 
 
@@ -47,7 +50,8 @@ class Lanes:
     def gathered(self, value: T) -> list[T]:
         """An object of every stage, by stage. Collective over the ranks of the pipeline."""
         everyone: list[T | None] = [None] * self.num_stages
-        dist.all_gather_object(everyone, value, group=self.hosts)
+        with activity.waiting(Place.OBJECTS):
+            dist.all_gather_object(everyone, value, group=self.hosts)
         return cast(list[T], everyone)
 
     def connect(self, device: torch.device, *, is_ring: bool) -> None:

@@ -46,6 +46,36 @@ METRICS = (
     Metric("perf/model_tflops_per_gpu", "TFLOP/s", "model operations per device", ".2f"),
     Metric("perf/mfu", "", "share of the device's known peak, 0 to 1", ".1%", "MFU"),
     Metric(
+        "perf/data_max_over_median",
+        "",
+        "wait for data, slowest rank against the median of its stage",
+        ".2f",
+    ),
+    Metric(
+        "perf/forward_max_over_median",
+        "",
+        "forward passes, slowest rank against the median of its stage",
+        ".2f",
+    ),
+    Metric(
+        "perf/backward_max_over_median",
+        "",
+        "backward passes, slowest rank against the median of its stage",
+        ".2f",
+    ),
+    Metric(
+        "perf/exchange_max_over_median",
+        "",
+        "messages and waiting for others, slowest rank against the median of its stage",
+        ".2f",
+    ),
+    Metric(
+        "perf/optimizer_max_over_median",
+        "",
+        "update, slowest rank against the median of its stage",
+        ".2f",
+    ),
+    Metric(
         "moe/expert_load_max_over_mean",
         "",
         "busiest expert against the mean, before dropping",

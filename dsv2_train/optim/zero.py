@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dsv2_train.config.sections.optim import OptimConfig
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.collectives import all_sum
 from dsv2_train.distributed.sharding import Piece
 from dsv2_train.optim.adam import AdamChoice, make_adam, set_step
@@ -137,8 +139,9 @@ class ZeroOptimizer:
         self._gather_weights()
 
     def _gather_weights(self) -> None:
-        for chunk in self._chunks:
-            chunk.start_param_sync(force_sync=True)
+        with activity.waiting(Place.WEIGHTS):
+            for chunk in self._chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def _grad_norm(self) -> Tensor:
         """[] fp64: every rank adds the squares of what it owns, so that nothing counts twice."""

@@ -3,6 +3,8 @@
 import torch
 
 from dsv2_train.data.loader import batches
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Phase
 from dsv2_train.distributed.collectives import all_sum
 from dsv2_train.train.run import Run
 from dsv2_train.train.step import forward_backward, mean_loss
@@ -27,7 +29,9 @@ def evaluate(run: Run) -> float:
     )
     for chunk in run.chunks:
         chunk.eval()
-    reported = forward_backward(run, data, num_microbatches, forward_only=True)
+    with activity.phase(Phase.EVALUATION):
+        reported = forward_backward(run, data, num_microbatches, forward_only=True)
+        loss = all_sum(mean_loss(run, reported), run.world).item() / dp.size()
     for chunk in run.chunks:
         chunk.train()
-    return all_sum(mean_loss(run, reported), run.world).item() / dp.size()
+    return loss

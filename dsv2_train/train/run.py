@@ -16,6 +16,8 @@ from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.load import to_yaml
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Phase
 from dsv2_train.distributed.env import Env
 from dsv2_train.distributed.sharding import Piece
 from dsv2_train.monitor.monitor import Monitor
@@ -92,7 +94,7 @@ class Run:
         if self.checkpoints.under_way is None and not is_due:
             return
         go_on = self.config.checkpoint.on_failure == "go_on"
-        with self.telemetry.stopwatch.checkpoint():
+        with activity.phase(Phase.CHECKPOINT), self.telemetry.stopwatch.checkpoint():
             self._heed(self.checkpoints.poll, go_on)
             if is_due:
                 self._wait(go_on)
@@ -104,8 +106,9 @@ class Run:
         Raises:
             CheckpointError: on every rank, when the checkpoint of this clock is not complete.
         """
-        self._wait(go_on=True)
-        return self.checkpoints.save(*self._state())
+        with activity.phase(Phase.CHECKPOINT):
+            self._wait(go_on=True)
+            return self.checkpoints.save(*self._state())
 
     def _wait(self, go_on: bool) -> None:
         step, start_s = self.checkpoints.under_way, time.perf_counter()

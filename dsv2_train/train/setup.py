@@ -21,6 +21,7 @@ from dsv2_train.model.build import build_model
 from dsv2_train.model.gpt import DeepSeekV2Model
 from dsv2_train.model.implementation import Choice, choose
 from dsv2_train.monitor.monitor import Monitor
+from dsv2_train.monitor.ranks.watch import RankWatch
 from dsv2_train.monitor.report import StartUp, start_up_table
 from dsv2_train.optim.adam import choose_adam
 from dsv2_train.optim.build import build_optimizer, wrap
@@ -32,9 +33,6 @@ from dsv2_train.recipe.parameters import model_parameters, stage_parameters
 from dsv2_train.train.run import Run
 from dsv2_train.train.signals import StopSignals
 from dsv2_train.train.telemetry import Telemetry
-
-# The first collectives wait for ranks that still build; later ones for the slowest step.
-TIMEOUT_S = 1800.0
 
 # Larger corpus files are held against their size at the start; `dsv2 validate` reads all of them.
 READ_AT_START_BYTES = 64 << 30
@@ -61,7 +59,8 @@ def build_run(config: RunConfig, env: Env) -> Run:
     if env.rank == 0:
         verify(Path(config.data.path), max_file_bytes=READ_AT_START_BYTES)
     choices = choose(config.parallel, env.device)
-    groups = process_groups.build(config.parallel, TIMEOUT_S)
+    timeout_s = config.cluster.group_timeout_s
+    groups = process_groups.build(config.parallel, timeout_s)
     models = [
         build_model(config, groups, choices, env.device, chunk)
         for chunk in range(config.parallel.chunks)
@@ -69,7 +68,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
     chunks = [wrap(model, config.parallel, config.recipe.precision, groups) for model in models]
     adam = choose_adam(config.optim.adam, env.device)
     optimizer = build_optimizer(chunks, config.optim, adam, groups)
-    hosts = process_groups.build_hosts(TIMEOUT_S)
+    hosts = process_groups.build_hosts(timeout_s)
     checkpoints = _checkpoints(config, optimizer, hosts)
     state = checkpoints.restore(list(optimizer.pieces()))
     if state is not None:
@@ -84,7 +83,8 @@ def build_run(config: RunConfig, env: Env) -> Run:
     if monitor is not None:
         for damage in checkpoints.passed_over:
             monitor.alert("checkpoint", damage)
-    executor = build_executor(config, chunks, env.device, TIMEOUT_S)
+    ranks = RankWatch(config, monitor, hosts, env.device)
+    executor = build_executor(config, chunks, env.device, timeout_s)
     run = Run(
         config=config,
         env=env,
@@ -99,7 +99,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
         validation_split=_split(config, "validation"),
         checkpoints=checkpoints,
         monitor=monitor,
-        telemetry=_telemetry(config, monitor, models, groups, env.device),
+        telemetry=_telemetry(config, monitor, models, groups, ranks, env.device),
         profiler=Profiler(config, env, executor),
         signals=StopSignals(hosts),
     )
@@ -153,11 +153,12 @@ def _telemetry(
     monitor: Monitor | None,
     models: list[DeepSeekV2Model],
     groups: ProcessGroupCollection,
+    ranks: RankWatch,
     device: torch.device,
 ) -> Telemetry:
     world, dp_size = groups.intra_dist_opt, groups.dp.size()
     mixtures = {layer: one for model in models for layer, one in model.mixtures().items()}
-    return Telemetry(config, monitor, mixtures, world, dp_size, device)
+    return Telemetry(config, monitor, mixtures, world, ranks, dp_size, device)
 
 
 def _start_up(run: Run, choices: list[Choice]) -> StartUp:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dsv2_train.data.loader import Batch, batches
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Phase, Place
 from dsv2_train.recipe.clock import Point
 from dsv2_train.recipe.exemption import is_exempt
 from dsv2_train.train.run import Run
@@ -24,6 +26,7 @@ def train_step(run: Run, point: Point) -> StepResult:
     Returns:
         Losses and gradient norm; nothing is read back to the host here.
     """
+    activity.begin_step(run.clock.step + 1)
     run.optimizer.zero_grad()
     num_microbatches = run.num_microbatches(point.global_batch_size)
     data = batches(
@@ -34,10 +37,12 @@ def train_step(run: Run, point: Point) -> StepResult:
         dp_rank=run.groups.dp.rank(),
         dp_size=run.groups.dp.size(),
     )
-    reported = forward_backward(
-        run, run.telemetry.stopwatch.timed(data), num_microbatches, forward_only=False
-    )
-    grad_norm = run.optimizer.step(point.lr)
+    with activity.phase(Phase.TRAINING):
+        reported = forward_backward(
+            run, run.telemetry.stopwatch.timed(data), num_microbatches, forward_only=False
+        )
+    with activity.phase(Phase.OPTIMIZER):
+        grad_norm = run.optimizer.step(point.lr)
     return StepResult(loss=mean_loss(run, reported), grad_norm=grad_norm)
 
 
@@ -75,7 +80,9 @@ def _forward_step(
     data: Iterator[Batch], chunk: torch.nn.Module, run: Run
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
     """megatron-core's contract: the chunk's output, and how to make a loss of the last one's."""
-    batch, device = next(data), run.env.device
+    device = run.env.device
+    with activity.working(Place.DATA):
+        batch = next(data)
     output = chunk(
         batch.tokens.to(device),
         position_ids=None,

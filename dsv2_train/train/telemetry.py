@@ -12,6 +12,7 @@ from dsv2_train.distributed.collectives import all_sum
 from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.monitor.memory import peak_memory
 from dsv2_train.monitor.monitor import Monitor
+from dsv2_train.monitor.ranks.watch import RankWatch
 from dsv2_train.monitor.throughput import Stopwatch, throughput
 from dsv2_train.recipe.clock import Clock, Point
 from dsv2_train.recipe.flops import forward_flops
@@ -43,6 +44,7 @@ class Telemetry:
         monitor: on the rank that writes, else None.
         mixtures: this rank's mixtures of experts by the index of their layer in the model.
         world: the group of all ranks.
+        ranks: tells of slow ones.
         dp_size: data-parallel ranks that share a loss.
         device: where results are.
     """
@@ -53,6 +55,7 @@ class Telemetry:
         monitor: Monitor | None,
         mixtures: Mapping[int, MixtureOfExperts],
         world: ProcessGroup,
+        ranks: RankWatch,
         dp_size: int,
         device: torch.device,
     ) -> None:
@@ -60,6 +63,7 @@ class Telemetry:
         self._monitor = monitor
         self._mixtures = mixtures
         self._world = world
+        self._ranks = ranks
         self._dp_size = dp_size
         self._device = device
         flops = forward_flops(config.model, config.recipe.sequence_length, "causal")
@@ -68,9 +72,10 @@ class Telemetry:
         self.stopwatch = Stopwatch()
 
     def begin_step(self) -> None:
-        """Forget what the layers counted before this step."""
+        """Forget what the layers counted before this step, and time it where that is due."""
         for mixture in self._mixtures.values():
             mixture.statistics.zero_()
+        self._ranks.begin_step()
 
     def end_step(
         self, clock: Clock, point: Point, result: StepResult, validation_loss: float | None
@@ -86,6 +91,7 @@ class Telemetry:
         Note:
             Collective over all ranks.
         """
+        self._ranks.end_step(clock.step)
         monitor = self._config.monitor
         self.stopwatch.add_step(point.num_tokens)
         row_is_due = clock.step % monitor.log_every_steps == 0 or clock.step == 1
@@ -116,7 +122,7 @@ class Telemetry:
             self._peak_tflops,
         )
         routing = routing_row(routed, self._config.model)
-        return {**row, **routing, **speed, **peak_memory(self._device)}
+        return {**row, **routing, **speed, **self._ranks.row(), **peak_memory(self._device)}
 
     def _report(self, clock: Clock, row: dict[str, float]) -> None:
         if self._monitor is not None:

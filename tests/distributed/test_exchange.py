@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.exchange import Exchange
 from dsv2_train.model.modules.mlp import SharedExperts
 from dsv2_train.ops import grouped_experts
@@ -27,7 +28,7 @@ def _there_and_back(rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     rows = torch.arange(sum(send) * 2).view(-1, 2).to(dtype) + 100 * rank
     if dtype.is_floating_point:
         rows.requires_grad_()
-    exchange = Exchange(send, receive, dist.group.WORLD)
+    exchange = Exchange(send, receive, dist.group.WORLD, Place.DISPATCH)
     (arrived,) = exchange.wait(*exchange.issue(rows))
     if dtype.is_floating_point:
         weight = 10 * rank + torch.arange(len(arrived)).unsqueeze(1).expand(-1, 2)
@@ -140,7 +141,7 @@ def test_recomputation_waits_for_all_that_it_issues(world: World) -> None:
 
 
 def _dies_in_the_exchange(rank: int, told: Path) -> None:
-    exchange = Exchange([2, 2], [2, 2], dist.group.WORLD)
+    exchange = Exchange([2, 2], [2, 2], dist.group.WORLD, Place.DISPATCH)
     dist.barrier()
     if rank == 1:
         os._exit(9)

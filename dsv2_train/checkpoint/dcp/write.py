@@ -15,6 +15,7 @@ from torch import Tensor
 from dsv2_train.checkpoint.dcp.archive import stream_header
 from dsv2_train.checkpoint.disk.checksum import add_checksums, tensor_checksum
 from dsv2_train.checkpoint.disk.manifest import FileEntry
+from dsv2_train.distributed import activity
 from dsv2_train.distributed.sharding import Piece
 
 _BLOCK_BYTES = 4 << 20
@@ -66,6 +67,7 @@ def _write_piece(file: "_File", piece: Piece) -> WrittenPiece:
     for offset, block in _blocks(piece):
         file.append(block.view(torch.uint8).numpy().data)
         checksums.append(tensor_checksum(block, offset))
+        activity.tick()
     return WrittenPiece(start, byte_offset, file.size_bytes, add_checksums(checksums))
 
 

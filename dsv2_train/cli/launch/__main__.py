@@ -54,8 +54,9 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _run(launch: Launch) -> Outcome:
-    world_size = launch.config.parallel.world_size
-    return run_ranks(launch.worker, world_size, launch.next_log_dir())
+    config, log_dir = launch.config, launch.next_log_dir()
+    world_size, timeout_s = config.parallel.world_size, config.cluster.hang_timeout_s
+    return run_ranks(launch.worker, world_size, log_dir, timeout_s)
 
 
 def _check_all(combinations: Sequence[Sequence[str]]) -> list[Launch]:

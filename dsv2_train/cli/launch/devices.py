@@ -18,13 +18,19 @@ _NAMES = ("GPU-", "MIG-")
 def too_few_devices(config: RunConfig) -> Iterator[Problem]:
     """Ranks without a device of their own. Where none is visible, all ranks run on the CPU."""
     world_size = config.parallel.world_size
-    found = num_visible(DRIVER_FOLDER, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if 0 < found < world_size and _torch_has_cuda():
+    found = num_usable()
+    if 0 < found < world_size:
         allowed = (
             f"must be at most {found}, the NVIDIA devices visible here: every rank takes one; "
             "for ranks on the CPU set CUDA_VISIBLE_DEVICES= (to nothing)"
         )
         yield Problem("parallel.world_size", world_size, allowed)
+
+
+def num_usable() -> int:
+    """Devices for the ranks of this node; 0 where they run on the CPU."""
+    found = num_visible(DRIVER_FOLDER, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return found if _torch_has_cuda() else 0
 
 
 def num_visible(driver_folder: Path, chosen: str | None) -> int:

@@ -14,6 +14,7 @@ _PLAIN_ERRORS = (
     "CheckpointError",
     "DamagedError",
     "FloatingPointError",
+    "PreflightError",
 )
 _KILLED_RANK = re.compile(r"rank\s+: (\d+) [^\n]*\n\s+exitcode\s+: -(\d+) ")
 
@@ -73,7 +74,12 @@ def describe_failure(log_dir: Path, torchrun_said: str, torchrun_status: int) ->
         reasons.insert(0, f"torchrun {_was_killed_by(-torchrun_status)}")
     if not reasons:
         reasons = ["no rank left an error, see torchrun's words above"]
-    return "\n".join(["", *reasons, f"everything the ranks wrote: {log_dir}/*/attempt_*/RANK/"])
+    return "\n".join(["", *reasons, where_ranks_wrote(log_dir)])
+
+
+def where_ranks_wrote(log_dir: Path) -> str:
+    """A line that says where torchrun keeps the output of each rank."""
+    return f"everything the ranks wrote: {log_dir}/*/attempt_*/RANK/"
 
 
 def _killed(torchrun_said: str) -> list[str]:

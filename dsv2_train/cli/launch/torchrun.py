@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from dsv2_train.cli.launch.failure import describe_failure, first_error
+from dsv2_train.cli.launch.failure import describe_failure, first_error, where_ranks_wrote
+from dsv2_train.cli.launch.hang.watchdog import Watchdog
 from dsv2_train.cli.main import EXIT_CONFIG_ERROR, EXIT_FAILED
 
 _PR_SET_PDEATHSIG = 1
@@ -35,7 +36,9 @@ class Outcome:
     was_stopped: bool
 
 
-def run_ranks(worker: Sequence[str], num_ranks: int, log_dir: Path) -> Outcome:
+def run_ranks(
+    worker: Sequence[str], num_ranks: int, log_dir: Path, hang_timeout_s: float | None = None
+) -> Outcome:
     """Run a Python program on every rank and wait for the last one.
 
     Rank 0 writes to this terminal; the standard error of every rank, and the standard output of
@@ -46,12 +49,14 @@ def run_ranks(worker: Sequence[str], num_ranks: int, log_dir: Path) -> Outcome:
         worker: arguments of torchrun that name the program, and its own.
         num_ranks: processes on this node.
         log_dir: folder for this launch alone.
+        hang_timeout_s: how long a rank may stand still before all are ended; None does not watch.
     """
     log_dir.mkdir(parents=True)
     _prctl(_PR_SET_CHILD_SUBREAPER)
+    watchdog = Watchdog(log_dir, hang_timeout_s)
     process = subprocess.Popen(
         _command(worker, num_ranks, log_dir),
-        env=_environment(num_ranks),
+        env={**_environment(num_ranks), **watchdog.environment},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -61,12 +66,16 @@ def run_ranks(worker: Sequence[str], num_ranks: int, log_dir: Path) -> Outcome:
     said: list[str] = []
     reader = threading.Thread(target=_pass_on, args=(process.stderr, said), daemon=True)
     reader.start()
-    with _forwarded_signals(process) as received:
+    with _forwarded_signals(process) as received, watchdog.watching():
         status = process.wait()
         _end_leftovers()
     reader.join()
     if status == 0:
         return Outcome(0, bool(received))
+    if watchdog.hang is not None:
+        where = where_ranks_wrote(log_dir)
+        print(f"\nthe ranks were ended:\n{watchdog.hang.text}\n{where}", file=sys.stderr)
+        return Outcome(EXIT_FAILED, bool(received))
     error = first_error(log_dir)
     if received and status > 0 and error is None:
         print("stopped while the ranks could not yet, or no longer, save", file=sys.stderr)

@@ -10,6 +10,9 @@ from dsv2_train.config.checks.pipeline import PIPELINE_CHECKS
 from dsv2_train.config.problems import Check, Problem, passing_over_absent, value_at
 from dsv2_train.config.run import RunConfig
 
+# From the timeout until a hang is told and its ranks are ended.
+REPORT_WITHIN_S = 10.0
+
 
 def cross_check(config: RunConfig) -> list[Problem]:
     """Run every check; one that needs a field that is itself wrong (so absent) is passed over.
@@ -130,6 +133,16 @@ def _only_a_pruned_run_has_exceptions(config: RunConfig) -> Iterator[Problem]:
         yield Problem("checkpoint.keep_every_steps", every, allowed)
 
 
+def _a_hang_is_told_before_groups_give_up(config: RunConfig) -> Iterator[Problem]:
+    hang_s, group_s = config.cluster.hang_timeout_s, config.cluster.group_timeout_s
+    if hang_s is not None and hang_s + REPORT_WITHIN_S > group_s:
+        allowed = (
+            f"must be at least {REPORT_WITHIN_S:g} s below cluster.group_timeout_s = {group_s:g}, "
+            "so that a hang is told before a collective gives up; or null, not to watch"
+        )
+        yield Problem("cluster.hang_timeout_s", hang_s, allowed)
+
+
 def _deepep_has_peers(config: RunConfig) -> Iterator[Problem]:
     if config.parallel.dispatcher == "deepep" and config.parallel.ep == 1:
         allowed = "must be more than 1 with parallel.dispatcher=deepep: nothing travels"
@@ -155,6 +168,7 @@ _OTHERS: tuple[Check, ...] = (
     _deepep_has_peers,
     _deepep_has_bf16,
     *MONITOR_CHECKS,
+    _a_hang_is_told_before_groups_give_up,
     _only_a_pruned_run_has_exceptions,
     _recomputed_once,
     _recompute_has_mixtures,

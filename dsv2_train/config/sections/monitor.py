@@ -35,6 +35,22 @@ class ProfileConfig(Section):
     torch_ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] = (0,)
 
 
+class SlowRankConfig(Section):
+    """When a rank is slow: others wait for what it takes by itself.
+
+    `every_steps`: how often a step is measured and gathered.
+    `min_ratio`: of a part of its step, to the median of the ranks of its stage. Routing gives ranks
+    uneven work, and CPU ranks share cores: for these it must be larger.
+    `min_share`: of a step, what it takes more than that median: less is not worth a look.
+    `patience`: measured steps in a row.
+    """
+
+    every_steps: PositiveInt = 10
+    min_ratio: Annotated[float, Field(gt=1.0)] = 1.3
+    min_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    patience: PositiveInt = 5
+
+
 class MonitorConfig(Section):
     """Metrics go to the console, to metrics.jsonl and to wandb.
 
@@ -46,4 +62,5 @@ class MonitorConfig(Section):
     wandb: Literal["online", "offline", "disabled"]
     wandb_project: str = Field(default="dsv2_train", min_length=1)
     alerts: AlertConfig = AlertConfig()
+    slow_ranks: SlowRankConfig = SlowRankConfig()
     profile: ProfileConfig = ProfileConfig()

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
+
 # A key, from high bits to low: device group, 1 for an exempt sequence, affinity. The bits of a
 # float that is not negative order as the float does.
 _GROUP_SHIFT = 32
@@ -119,5 +122,6 @@ class DeviceCapacity:
         if self.group is None or self.group.size() == 1:
             return keys, 0
         everyone = keys.new_empty(self.group.size() * keys.numel())
-        dist.all_gather_into_tensor(everyone, keys, group=self.group)
+        with activity.waiting(Place.CAPACITY):
+            dist.all_gather_into_tensor(everyone, keys, group=self.group)
         return everyone, self.group.rank() * keys.numel()

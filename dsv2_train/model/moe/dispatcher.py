@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.exchange import Exchange
 from dsv2_train.ops.permute import RowPlan, gather_gates, permute, row_plan, unpermute
 
@@ -91,11 +93,12 @@ class ExpertParallelDispatch:
         self._copies = row_plan(routed.view(by_rank).any(dim=-1))
         send_counts = self._copies.tokens_per_expert
         receive_counts = torch.empty_like(send_counts)
-        dist.all_to_all_single(receive_counts, send_counts, group=group)
-        send, receive = torch.stack([send_counts, receive_counts]).tolist()
+        with activity.waiting(Place.DISPATCH):
+            dist.all_to_all_single(receive_counts, send_counts, group=group)
+            send, receive = torch.stack([send_counts, receive_counts]).tolist()
         marked = torch.where(routed, gates, _NOT_SELECTED).view(-1, by_rank[2])
-        self._dispatch = Exchange(send, receive, group)
-        self._combine = Exchange(receive, send, group)
+        self._dispatch = Exchange(send, receive, group, Place.DISPATCH)
+        self._combine = Exchange(receive, send, group, Place.COMBINE)
         self._in_flight = self._dispatch.issue(
             permute(hidden, self._copies), marked.index_select(0, self._copies.assignments)
         )
@@ -131,7 +134,8 @@ class MegatronDispatch:
     ) -> None:
         self._dispatcher = dispatcher
         sent = dispatcher.dispatch_preprocess(hidden, routed, gates)
-        self._received = dispatcher.token_dispatch(*sent)
+        with activity.waiting(Place.DISPATCH):
+            self._received = dispatcher.token_dispatch(*sent)
 
     def arrived(self) -> ExpertRows:
         """The rows of this rank's experts."""
@@ -139,9 +143,9 @@ class MegatronDispatch:
 
     def issue_combine(self, expert_output: Tensor) -> None:
         """[N, h] -> sent back."""
-        self._returned = self._dispatcher.token_combine(
-            self._dispatcher.combine_preprocess(expert_output)
-        )
+        sent = self._dispatcher.combine_preprocess(expert_output)
+        with activity.waiting(Place.COMBINE):
+            self._returned = self._dispatcher.token_combine(sent)
 
     def combined(self) -> Tensor:
         """[T, h]."""

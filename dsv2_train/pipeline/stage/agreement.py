@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
 from dsv2_train.pipeline.plans import Plan
 
 
@@ -34,7 +36,8 @@ def require_agreement(step: Mapping[str, int], hosts: dist.ProcessGroup) -> None
     """
     ours = torch.tensor(list(step.values()))
     everyone = [torch.empty_like(ours) for _ in range(hosts.size())]
-    dist.all_gather(everyone, ours, group=hosts)
+    with activity.waiting(Place.STEP_AGREEMENT):
+        dist.all_gather(everyone, ours, group=hosts)
     first = everyone[0].tolist()
     for stage, other in enumerate(everyone):
         for name, here, there in zip(step, first, other.tolist(), strict=True):

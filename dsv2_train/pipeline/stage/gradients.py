@@ -6,6 +6,8 @@ from typing import Protocol
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
 from dsv2_train.ops.main_grad import Deferred
 
 
@@ -86,7 +88,8 @@ class ChunkSync:
     def finish(self) -> None:
         """Wait until the gradients are reduced; start it where it does not overlap."""
         if self._has_peers:
-            self._chunk.finish_grad_sync()
+            with activity.waiting(Place.GRADIENTS):
+                self._chunk.finish_grad_sync()
 
     def _count(self, parameter: Tensor) -> None:
         self._chunk.param_to_bucket_group[parameter].register_grad_ready(parameter)

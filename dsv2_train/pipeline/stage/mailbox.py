@@ -5,6 +5,8 @@ from collections import deque
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.lanes import Lanes
 from dsv2_train.pipeline.messages import Message
 from dsv2_train.pipeline.stage.activation import Activation
@@ -35,7 +37,8 @@ class Mailbox:
         if message.is_local:
             return self._at_hand.pop(message)
         work, buffer = self._receiving.pop(message)
-        work.wait()
+        with activity.waiting(Place.ACTIVATION):
+            work.wait()
         return buffer
 
     def hand_on(self, message: Message, result: Tensor) -> None:
@@ -51,5 +54,6 @@ class Mailbox:
 
     def finish(self) -> None:
         """Wait until everything is sent."""
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        with activity.waiting(Place.SENDS):
+            while self._sending:
+                self._sending.popleft()[0].wait()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dsv2_train.config.placement import Placement
+from dsv2_train.distributed import activity
 from dsv2_train.distributed.lanes import Lanes
 from dsv2_train.ops.main_grad import Deferred, DeferredGradients
 from dsv2_train.pipeline.messages import Action
@@ -113,6 +114,7 @@ class StageStep:
 
     def _run(self, action: Action) -> None:
         op = action.op
+        activity.begin_op(op.kind.value, op.microbatch, op.chunk)
         for message in action.posts:
             self._mailbox.post(message)
         arrived = None if action.takes is None else self._mailbox.take(action.takes)
@@ -123,6 +125,7 @@ class StageStep:
         if action.sends is not None:
             assert result is not None
             self._mailbox.hand_on(action.sends, result)
+        activity.end_op()
 
     def _compute(self, op: Op, arrived: Tensor | None) -> Tensor | None:
         match op.kind:

@@ -197,9 +197,11 @@ def test_a_sweep_runs_in_turn_and_stops_at_the_first_that_does_not_finish(
 ) -> None:
     started: list[str] = []
 
-    def run_ranks(worker: Sequence[str], num_ranks: int, log_dir: Path) -> Outcome:
+    def run_ranks(
+        worker: Sequence[str], num_ranks: int, log_dir: Path, hang_timeout_s: float | None
+    ) -> Outcome:
         started.append(load_file(Path(worker[worker.index("--config") + 1])).run.name)
-        assert num_ranks == 4
+        assert num_ranks == 4 and hang_timeout_s == 600
         return outcomes[len(started) - 1]
 
     monkeypatch.setattr(launcher, "run_ranks", run_ranks)

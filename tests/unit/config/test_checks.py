@@ -37,6 +37,7 @@ DISAGREEING = [
     (["parallel.pp=8", "parallel.world_size=16"], "parallel.pp"),
     (["parallel.layers_per_chunk=[2,1]"], "parallel.layers_per_chunk"),
     (["parallel.layers_per_chunk=[2,1,1]"], "parallel.layers_per_chunk"),
+    (["cluster.group_timeout_s=609"], "cluster.hang_timeout_s"),
     (["recipe.num_steps=null"], "recipe.num_steps"),
     (["recipe.decay_at=[0.9,0.6]"], "recipe.decay_at"),
     (["recipe.decay_at=[0.6,0.6]"], "recipe.decay_at"),

@@ -1,0 +1,1 @@
+"""Where the time of every rank goes, and which rank others wait for."""
