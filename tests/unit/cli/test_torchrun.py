@@ -29,14 +29,14 @@ from pathlib import Path
 rank = os.environ["RANK"]
 Path(f"pid_{rank}").write_text(str(os.getpid()))
 stopped = []
-signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+signal.signal(signal.SIGUSR2, lambda *_: stopped.append(1))
 print("hello from", rank, "threads", os.environ["OMP_NUM_THREADS"], flush=True)
 while not stopped:
     time.sleep(0.05)
 """
 
 FAILING_WORKER = """\
-import os, time
+import os, signal, time
 from torch.distributed.elastic.multiprocessing.errors import record
 from dsv2_train.config.problems import ConfigError, Problem
 
@@ -44,6 +44,7 @@ from dsv2_train.config.problems import ConfigError, Problem
 def main():
     if os.environ["RANK"] == "1":
         raise ERROR
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as when a handler heeds it
     time.sleep(600)
 
 main()
