@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         train(this_run)
     finally:
+        this_run.signals.close()
         if this_run.monitor is not None:
             this_run.monitor.close()
     _say_what_is_where(this_run, arguments.command)

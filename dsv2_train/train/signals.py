@@ -34,5 +34,10 @@ class StopSignals:
         """
         return bool(all_max(torch.tensor(int(self._requested)), self._hosts).item())
 
+    def close(self) -> None:
+        """Ignore further requests: at its end Python would let them kill the process."""
+        for number in _ASKING:
+            signal.signal(number, signal.SIG_IGN)
+
     def _remember(self, _number: int, _frame: FrameType | None) -> None:
         self._requested = True

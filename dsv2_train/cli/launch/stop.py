@@ -56,17 +56,19 @@ class Stop:
                 if self.was_asked:
                     send(STOP_WHEN_YOU_CAN, children(self._torchrun.pid))
 
-    def heed(self, _number: int, _frame: FrameType | None) -> None:
+    def heed(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal: what comes within two seconds of the first one is the same request."""
         now_s, ranks = time.monotonic(), children(self._torchrun.pid)
         if not self.was_asked:
             self.was_asked, self._asked_s = True, now_s
+            _say(f"asked to stop ({signal.Signals(number).name}): ranks save, and stop")
             if ranks:
                 send(STOP_WHEN_YOU_CAN, ranks)
             else:
                 self._torchrun.send_signal(END_TORCHRUN)
         elif now_s - self._asked_s > ONE_REQUEST_S:
             self.has_killed = True
+            _say(f"asked again ({signal.Signals(number).name}): killed")
             send(signal.SIGKILL, [self._torchrun.pid, *ranks])
 
 
@@ -81,6 +83,11 @@ def heeding_signals(torchrun: subprocess.Popen[bytes]) -> Iterator[Stop]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _say(what: str) -> None:
+    """To standard error, past its buffer: the handler may have interrupted a write to that."""
+    os.write(2, f"{what}\n".encode())
 
 
 def children(pid: int) -> list[int]:

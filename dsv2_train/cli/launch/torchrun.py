@@ -82,7 +82,7 @@ def run_ranks(
     if status == 0:
         return Outcome(0, stop.was_asked)
     if stop.has_killed:
-        print("killed by a second signal; complete checkpoints are as they were", file=sys.stderr)
+        print("complete checkpoints are as they were", file=sys.stderr)
         return Outcome(EXIT_FAILED, True)
     error = first_error(log_dir)
     if stop.was_asked and error is None:
