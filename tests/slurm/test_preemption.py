@@ -9,6 +9,7 @@ from tests.helpers.slurm_run import SlurmRun
 
 pytestmark = pytest.mark.slurm
 
+QUIET = "monitor.wandb=disabled"
 REQUEUE = "cluster.slurm.requeue=true"
 
 
@@ -44,7 +45,7 @@ def test_preempted_and_requeued(slurm: Slurm, run: SlurmRun, undisturbed: SlurmR
 def test_out_of_time_and_chained(slurm: Slurm, run: SlurmRun, undisturbed: SlurmRun) -> None:
     """Slurm looks at limits every 30 s: it asks 29 to 59 s after the start, and ends it later."""
     chain = ("time_limit_minutes=1", "signal_before_end_s=1", "chain=2")
-    job_id = run.submit(*(f"cluster.slurm.{override}" for override in chain))
+    job_id = run.submit(QUIET, *(f"cluster.slurm.{override}" for override in chain))
     run.wait_for_step(6)
     with run.standing_still():
         wait_until(
@@ -61,7 +62,7 @@ def test_out_of_time_and_chained(slurm: Slurm, run: SlurmRun, undisturbed: Slurm
 
 
 def test_a_node_is_lost_and_comes_back(slurm: Slurm, run: SlurmRun, undisturbed: SlurmRun) -> None:
-    job_id = run.submit(REQUEUE)
+    job_id = run.submit(REQUEUE, QUIET)
     run.wait_for_step(6)
     slurm.kill_node("n1", with_steps=True)
     slurm.wait(job_id, "PENDING", timeout_s=run.PATIENCE_S)

@@ -42,7 +42,7 @@ class Job:
         return _template().render(
             options=list(_options(self.config, slurm)),
             run_name=self.config.run.name,
-            environment=sorted(cluster.environment.items()),
+            environment=cluster.environment,
             wait_s=_WAIT_S,
             srun_options=list(_srun_options(slurm, Path.cwd())),
             python=slurm.python or ("python3" if slurm.container else sys.executable),

@@ -65,12 +65,24 @@ def submit(script: Path, output: Path, after: str | None) -> str:
 
 
 def _ask(*command: str) -> str:
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE_S
-    )
-    if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise ConfigError(
-            [Problem(_PATH, command[0], f"must be taken by Slurm, which says: {said}")]
+    # SBATCH_PARTITION and the like would win over the script.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SBATCH_")}
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
         )
+    except subprocess.TimeoutExpired:
+        raise _refused(command[0], f"nothing for {_PATIENCE_S:.0f} s") from None
+    if done.returncode:
+        raise _refused(command[0], done.stderr or f"exit status {done.returncode}")
     return done.stdout
+
+
+def _refused(program: str, said: str) -> ConfigError:
+    allowed = f"must be taken by Slurm, which says: {' '.join(said.split())}"
+    return ConfigError([Problem(_PATH, program, allowed)])

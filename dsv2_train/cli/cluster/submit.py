@@ -85,13 +85,20 @@ def _checked(overrides: Sequence[str], command: Sequence[str], *, need_data: boo
     Raises:
         ConfigError: with every problem.
     """
-    config, problems = examine(overrides, need_data=need_data)
+    to_train = need_data and not _is_in_container(overrides)
+    config, problems = examine(overrides, need_data=need_data, to_train=to_train)
     for check in CHECKS:
         problems += passing_over_absent(check, config)
     launch = inspect(config, problems, command, [_fits_its_nodes])
     section = launch.config.cluster.slurm
     assert section is not None, "a check has refused this"
     return Submission(launch, section, next_folder(launch.folder))
+
+
+def _is_in_container(overrides: Sequence[str]) -> bool:
+    """The run has the packages of an image, and not those that are here."""
+    section = getattr(examine(overrides, need_data=False)[0].cluster, "slurm", None)
+    return getattr(section, "container", None) is not None
 
 
 def _fits_its_nodes(config: RunConfig) -> Iterator[Problem]:

@@ -103,8 +103,8 @@ def _torchrun(num_ranks: int, log_dir: Path) -> list[str]:
 def _environment(num_ranks: int, cluster: ClusterConfig | None) -> dict[str, str]:
     num_cores = len(os.sched_getaffinity(0))
     threads = str(max(1, num_cores // num_ranks))
-    ours = {} if cluster is None else cluster.environment
-    values = {name: variable.value for name, variable in ours.items()}
+    ours = () if cluster is None else cluster.environment
+    values = {variable.name: variable.value for variable in ours}
     return {"OMP_NUM_THREADS": threads, **values, **os.environ}
 
 

@@ -17,6 +17,7 @@ Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
 class EnvironmentVariable(Section):
     """What a variable is set to on every node, and why."""
 
+    name: Name
     value: Line
     reason: Line
 
@@ -61,12 +62,12 @@ class ClusterConfig(Section):
     `device`: its peak is what a plan is held against, its speeds are what a schedule is searched
     for; what a rank computes on is not chosen by it.
     `max_restarts`: how often torchrun starts the ranks of a launch again after one has failed.
-    `environment`: of every rank, by name; what is set already where a run is launched wins, but
+    `environment`: of every rank; what is set already where a run is launched wins, but
     not under Slurm, whose script sets it.
     """
 
     ranks_per_node: PositiveInt
     device: str = Field(default="cpu", min_length=1)
     max_restarts: NonNegativeInt = 0
-    environment: dict[Name, EnvironmentVariable] = {}
+    environment: Annotated[tuple[EnvironmentVariable, ...], Field(strict=False)] = ()
     slurm: SlurmConfig | None = None

@@ -67,9 +67,9 @@ def test_every_value_reaches_srun_as_one_word(tmp_path: Path, nasty: str) -> Non
     config = tiny_config().model_copy()
     values = config.model_dump(mode="json")
     values["cluster"] |= {"slurm": slurm}
-    variable = {"value": nasty, "reason": f"because {nasty}"}
+    variable = {"name": "NASTY", "value": nasty, "reason": f"because {nasty}"}
     if nasty.isprintable():
-        values["cluster"]["environment"] = {"NASTY": variable}
+        values["cluster"]["environment"] = [variable]
         values["cluster"]["slurm"]["container"] = nasty
     else:
         values["cluster"]["slurm"]["python"] = "/p"
@@ -116,8 +116,8 @@ def test_more_options_are_plain_too(option: str) -> None:
 @pytest.mark.parametrize("name", ["A B", "A=B", "$(x)", "1A", ""])
 def test_a_variable_has_a_name_of_a_shell(name: str) -> None:
     values = tiny_config().model_dump(mode="json")
-    values["cluster"]["environment"] = {name: {"value": "1", "reason": "a test"}}
-    assert any(one.path.startswith("cluster.environment") for one in check(values)[1])
+    values["cluster"]["environment"] = [{"name": name, "value": "1", "reason": "a test"}]
+    assert "cluster.environment.0.name" in [one.path for one in check(values)[1]]
 
 
 @pytest.mark.parametrize(
