@@ -28,6 +28,7 @@ _MODULES = {"preflight": "preflight.verb", "export": "hf.export_verb", "import":
 
 EXIT_FAILED = 1
 EXIT_CONFIG_ERROR = 2
+EXIT_STOPPED = 3  # under Slurm: cleanly, before the end of the run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

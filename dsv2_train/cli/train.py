@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         with activity.phase(Phase.BETWEEN_STEPS):
             train(this_run)
     finally:
+        this_run.signals.close()
         if this_run.monitor is not None:
             this_run.monitor.close()
     with activity.phase(Phase.END):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.sections.parallel import ParallelConfig
-from dsv2_train.recipe.parameters import ParameterCount, stage_parameters
+from dsv2_train.recipe.parameters import ParameterCount, model_parameters, stage_parameters
 
 # Bytes per parameter by recipe.precision: weight; gradient; optimizer state. With bf16 weights the
 # state is an fp32 master and two moments. fp32 weights are their own master. fp64 is for comparing
@@ -44,6 +44,13 @@ def stage_memory(config: RunConfig) -> tuple[RankMemory, ...]:
         rank_memory(stage.on_rank(config.parallel), config.parallel, config.recipe.precision)
         for stage in stages
     )
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """A whole checkpoint: weights, masters and moments of every parameter, each once."""
+    precision = config.recipe.precision
+    held_once = _WEIGHT_BYTES[precision] + _OPTIMIZER_BYTES[precision]
+    return held_once * model_parameters(config.model).total
 
 
 def rank_memory(held: ParameterCount, parallel: ParallelConfig, precision: str) -> RankMemory:

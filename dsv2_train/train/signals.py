@@ -8,9 +8,14 @@ from torch.distributed import ProcessGroup
 
 from dsv2_train.distributed.collectives import all_max
 
+_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class StopSignals:
-    """Remembers SIGTERM and SIGINT; the ranks agree on a stop between two steps.
+    """Remembers that a signal asked for a stop; the ranks agree on it between two steps.
+
+    A launcher sends SIGUSR2, again and again until its ranks have ended; the others come from a
+    user, from Slurm, or from torchrun when another rank has failed.
 
     Args:
         hosts: all ranks, over a back end that takes host tensors.
@@ -19,7 +24,7 @@ class StopSignals:
     def __init__(self, hosts: ProcessGroup) -> None:
         self._hosts = hosts
         self._requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _ASKING:
             signal.signal(number, self._remember)
 
     def agreed(self) -> bool:
@@ -28,6 +33,11 @@ class StopSignals:
         One all-reduce of one number between the hosts: a device is not waited for.
         """
         return bool(all_max(torch.tensor(int(self._requested)), self._hosts).item())
+
+    def close(self) -> None:
+        """Ignore further requests: at its end Python would let them kill the process."""
+        for number in _ASKING:
+            signal.signal(number, signal.SIG_IGN)
 
     def _remember(self, _number: int, _frame: FrameType | None) -> None:
         self._requested = True

@@ -2,9 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from dsv2_train.cli.launch.run_folder import Launch, inspect
+from dsv2_train.cli.launch.place import Place
+from dsv2_train.cli.launch.run_folder import Launch, inspect, on_nodes
 from dsv2_train.cli.launch.sweep import named_runs
 from dsv2_train.cli.launch.torchrun import Outcome, run_ranks
 from dsv2_train.cli.main import report_errors
@@ -37,14 +38,16 @@ def _launch(arguments: argparse.Namespace) -> int:
         configs = [to_yaml(resolve(overrides, need_data=False)) for overrides in combinations]
         print("---\n".join(configs), end="")
         return 0
-    launches = _check_all(combinations)
+    if problems := list(_misplaced(arguments)):
+        raise ConfigError(problems)
+    launches = _check_all(combinations, arguments.nodes)
     for number, launch in enumerate(launches, start=1):
-        if not launch.is_finished:
+        if not launch.is_finished and arguments.node_rank == 0:
             launch.write_config()
         print(launch.describe(), flush=True)
         if launch.is_finished:
             continue
-        outcome = _run(launch)
+        outcome = _run(launch, arguments)
         if outcome.status != 0 or outcome.was_stopped:
             not_started = [later.config.run.name for later in launches[number:]]
             if not_started:
@@ -53,19 +56,35 @@ def _launch(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run(launch: Launch) -> Outcome:
-    config, log_dir = launch.config, launch.next_log_dir()
-    world_size, timeout_s = config.parallel.world_size, config.cluster.hang_timeout_s
-    return run_ranks(launch.worker, world_size, log_dir, timeout_s)
+def _run(launch: Launch, arguments: argparse.Namespace) -> Outcome:
+    config, node = launch.config, arguments.node_rank
+    place = Place(arguments.nodes, node, arguments.endpoint, config.run.name)
+    num_ranks = config.parallel.world_size // place.num_nodes
+    log_dir = launch.next_log_dir("" if place.num_nodes == 1 else f"node_{node}")
+    return run_ranks(launch.worker, num_ranks, log_dir, place, config.cluster)
 
 
-def _check_all(combinations: Sequence[Sequence[str]]) -> list[Launch]:
+def _misplaced(arguments: argparse.Namespace) -> Iterator[Problem]:
+    nodes, rank, endpoint = arguments.nodes, arguments.node_rank, arguments.endpoint
+    if nodes < 1:
+        yield Problem("--nodes", nodes, "must be at least 1")
+    elif not 0 <= rank < nodes:
+        yield Problem("--node-rank", rank, f"must be 0 to {nodes - 1}, another one on each node")
+    host, _, port = endpoint.rpartition(":")
+    if nodes > 1 and not (host and port.isdecimal()):
+        allowed = "must be HOST:PORT, a host that all nodes know node 0 by and a free port of it"
+        yield Problem("--endpoint", endpoint, allowed)
+
+
+def _check_all(combinations: Sequence[Sequence[str]], num_nodes: int) -> list[Launch]:
     """Check every combination before the first one starts."""
     launches: list[Launch] = []
     problems: dict[str, Problem] = {}
     for overrides in combinations:
         try:
-            launches.append(inspect(*examine(overrides, need_data=True), overrides))
+            found = examine(overrides, need_data=True)
+            command = ["launch/local.sh", *overrides]
+            launches.append(inspect(*found, command, on_nodes(num_nodes)))
         except ConfigError as error:
             problems.update({str(problem): problem for problem in error.problems})
     folders = [str(launch.config.run.folder) for launch in launches]
@@ -89,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="run every combination of key=a,b in turn"
     )
+    several = parser.add_argument_group("several nodes (launch/multinode.sh gives these)")
+    several.add_argument("--nodes", type=int, default=1, help="how many, alike")
+    several.add_argument("--node-rank", type=int, default=0, help="which one this is, from 0")
+    several.add_argument("--endpoint", default="", metavar="HOST:PORT", help="where node 0 listens")
     return parser
 
 

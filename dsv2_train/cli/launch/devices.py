@@ -6,7 +6,7 @@ from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 
-from dsv2_train.config.problems import Problem
+from dsv2_train.config.problems import Check, Problem
 from dsv2_train.config.run import RunConfig
 
 # The driver keeps one entry a device here.
@@ -15,16 +15,20 @@ DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
 _NAMES = ("GPU-", "MIG-")
 
 
-def too_few_devices(config: RunConfig) -> Iterator[Problem]:
-    """Ranks without a device of their own. Where none is visible, all ranks run on the CPU."""
-    world_size = config.parallel.world_size
-    found = num_usable()
-    if 0 < found < world_size:
-        allowed = (
-            f"must be at most {found}, the NVIDIA devices visible here: every rank takes one; "
-            "for ranks on the CPU set CUDA_VISIBLE_DEVICES= (to nothing)"
-        )
-        yield Problem("parallel.world_size", world_size, allowed)
+def enough_devices(num_nodes: int) -> Check:
+    """Every rank of this node has a device. Where none is visible, all ranks run on the CPU."""
+
+    def check(config: RunConfig) -> Iterator[Problem]:
+        world_size, found = config.parallel.world_size, num_usable()
+        if 0 < found < world_size // num_nodes:
+            allowed = (
+                f"must be at most {found * num_nodes}, {found} a node, the NVIDIA devices visible "
+                "here: every rank takes one; for ranks on the CPU set CUDA_VISIBLE_DEVICES= (to "
+                "nothing)"
+            )
+            yield Problem("parallel.world_size", world_size, allowed)
+
+    return check
 
 
 def num_usable() -> int:

@@ -1,6 +1,7 @@
 """A run folder and what a launch does with it: begin, go on, or say that the run is finished."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from dsv2_train.cli.launch.changes import (
     refused,
     with_skip_list,
 )
-from dsv2_train.cli.launch.devices import too_few_devices
+from dsv2_train.cli.launch.devices import enough_devices
+from dsv2_train.cli.launch.place import fits
 from dsv2_train.config.load import read_values, to_yaml
-from dsv2_train.config.problems import ConfigError, Problem, passing_over_absent
+from dsv2_train.config.problems import Check, ConfigError, Problem, passing_over_absent
 from dsv2_train.config.run import RunConfig
 from dsv2_train.recipe.clock import Clock, Schedule
 
@@ -33,7 +35,7 @@ class Launch:
         checkpoint: its newest intact checkpoint, as far as small files tell; None without one.
         clock: how far that checkpoint is.
         changes: what differs from the configuration of that checkpoint.
-        overrides: what the user gave; the same line goes on with the run.
+        command: what the user gave; the same line goes on with the run.
         passed_over: what is wrong with newer checkpoints.
     """
 
@@ -41,7 +43,7 @@ class Launch:
     checkpoint: Path | None
     clock: Clock
     changes: tuple[Change, ...]
-    overrides: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
 
     @property
@@ -63,12 +65,15 @@ class Launch:
     def worker(self) -> Sequence[str]:
         """What torchrun runs on every rank."""
         config = ["--config", str(self.folder / layout.CONFIG)]
-        command = ["--command", shlex.join(["launch/local.sh", *self.overrides])]
+        command = ["--command", shlex.join(self.command)]
         return ["-m", "dsv2_train.cli.train", *config, *command]
 
-    def next_log_dir(self) -> Path:
-        """A new folder for what the ranks of this launch write."""
-        return _numbered(self.folder / "logs", "launch_")
+    def next_log_dir(self, node: str = "") -> Path:
+        """A new folder for what the ranks of this launch write.
+
+        Nodes that are named find the same folder, and each its own below, if all of them launch.
+        """
+        return numbered(self.folder / "logs", "launch_", f"/{node}" if node else "")
 
     def describe(self) -> str:
         """What happens now, in a few lines for the terminal."""
@@ -108,7 +113,7 @@ class Launch:
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
             if path.exists() and path.read_text() != text:
-                path.rename(_numbered(self.folder / "logs", "config_", ".yaml"))
+                path.rename(numbered(self.folder / "logs", "config_", ".yaml"))
             temporary = path.with_suffix(".tmp")
             temporary.write_text(text)
             temporary.rename(path)
@@ -116,22 +121,31 @@ class Launch:
             raise ConfigError([_unwritable(self.config, error.strerror)]) from error
 
 
+def on_nodes(num_nodes: int) -> tuple[Check, ...]:
+    """Checks of a run against so many nodes like this one."""
+    return (fits(num_nodes), enough_devices(num_nodes))
+
+
 def inspect(
-    config: RunConfig, problems: Sequence[Problem] = (), overrides: Sequence[str] = ()
+    config: RunConfig,
+    problems: Sequence[Problem] = (),
+    command: Sequence[str] = (),
+    machines: Sequence[Check] = on_nodes(1),
 ) -> Launch:
-    """Hold a configuration against this node and against its run folder.
+    """Hold a configuration against the machines and against its run folder.
 
     Args:
         config: fields that are wrong are absent from it.
         problems: what is known to be wrong with it.
-        overrides: the command line it was composed from.
+        command: the line it was composed from.
+        machines: whether they have room for the ranks.
 
     Raises:
-        ConfigError: with `problems`, and if it needs more than this node, or would change what a
-            saved run means.
+        ConfigError: with `problems`, and if it needs more than the machines have, or would change
+            what a saved run means.
     """
     found = list(problems)
-    for check in (_one_node, too_few_devices):
+    for check in machines:
         found += passing_over_absent(check, config)
     unwritable = list(passing_over_absent(_can_be_written, config))
     if problems or unwritable:
@@ -153,7 +167,7 @@ def inspect(
     if found:
         raise ConfigError(found)
     passed_over = (*newest.damaged, *newest.unfinished)
-    return Launch(config, newest.path, clock, tuple(changed), tuple(overrides), passed_over)
+    return Launch(config, newest.path, clock, tuple(changed), tuple(command), passed_over)
 
 
 def _newest(folder: Path) -> Newest:
@@ -178,13 +192,6 @@ def _one_line(what: object) -> str:
     return " ".join(str(what).split())
 
 
-def _one_node(config: RunConfig) -> Iterator[Problem]:
-    world_size, limit = config.parallel.world_size, config.cluster.ranks_per_node
-    if world_size > limit:
-        allowed = f"must be at most cluster.ranks_per_node = {limit}: this launches one node"
-        yield Problem("parallel.world_size", world_size, allowed)
-
-
 def _can_be_written(config: RunConfig) -> Iterator[Problem]:
     reason = _why_unwritable(config.run.folder)
     if reason is not None:
@@ -206,8 +213,9 @@ def _unwritable(config: RunConfig, reason: str | None) -> Problem:
     return Problem("run.dir", config.run.dir, f"must be a folder that can be written ({reason})")
 
 
-def _numbered(folder: Path, prefix: str, suffix: str = "") -> Path:
+def numbered(folder: Path, prefix: str, suffix: str = "") -> Path:
     """The next free name in a folder: prefix, four digits, suffix."""
-    taken = [path.name for path in folder.glob(f"{prefix}*{suffix}")]
-    numbers = [int(name.removeprefix(prefix).removesuffix(suffix)) for name in taken]
-    return folder / f"{prefix}{max(numbers, default=0) + 1:04d}{suffix}"
+    name = re.compile(rf"{re.escape(f'{folder}/{prefix}')}(\d+){re.escape(suffix)}")
+    taken = [name.fullmatch(str(path)) for path in folder.glob(f"{prefix}*{suffix}")]
+    last = max((int(found[1]) for found in taken if found), default=0)
+    return folder / f"{prefix}{last + 1:04d}{suffix}"

@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     file = folder / "config.yaml"
     file.write_text(to_yaml(config))
     worker = ["-m", "dsv2_train.cli.preflight.rank", "--config", str(file)]
-    status = run_ranks(worker, _num_ranks(config), folder / "logs").status
+    once = config.cluster.model_copy(update={"max_restarts": 0})
+    status = run_ranks(worker, _num_ranks(config), folder / "logs", cluster=once).status
     if status == 0:
         shutil.rmtree(folder)
     return status

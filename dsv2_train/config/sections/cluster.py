@@ -2,9 +2,58 @@
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dsv2_train.config.sections.base import Section
+
+# Slurm reads its options before a shell does: nothing can be quoted there for sure.
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/@%+=,-]*$")]
+Option = Annotated[str, Field(pattern=r"^--[a-z]+[a-z-]*(=[A-Za-z0-9_.:/@%+=,-]+)?$")]
+Mount = Annotated[str, Field(pattern=r"^[^:,\s]+:[^:,\s]+(:[a-z+]+)?$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
+
+
+class EnvironmentVariable(Section):
+    """What a variable is set to on every node, and why."""
+
+    name: Name
+    value: Line
+    reason: Line
+
+
+class SlurmConfig(Section):
+    """How Slurm is asked for the nodes; one task a node starts the ranks there.
+
+    `options`: more of sbatch, one a line, e.g. `--exclusive`.
+    `python`: has dsv2_train, on every node (a venv on a shared file system) or in the container;
+    null for the one that submits, or python3 of the container.
+    `container`: image for pyxis (`srun --container-image`), `container_mounts` in it, besides the
+    working folder, as FROM:TO.
+    `requeue`: a job that was stopped, or failed, asks to be run again. A configuration error ends
+    it.
+    `chain`: jobs, each of which begins when the one before has ended: for runs longer than
+    `time_limit_minutes`.
+    `signal_before_end_s`: before the time limit a run is asked to save and stop. Slurm may ask up
+    to a minute earlier.
+    `checkpoint_gb_per_s`: what the file system takes from all nodes together, to tell whether a
+    checkpoint can be written in that time.
+    """
+
+    partition: Word
+    time_limit_minutes: PositiveInt
+    account: Word | None = None
+    qos: Word | None = None
+    gpus_per_node: PositiveInt | None = None
+    cpus_per_task: PositiveInt | None = None
+    options: Annotated[tuple[Option, ...], Field(strict=False)] = ()
+    python: Line | None = None
+    container: Line | None = None
+    container_mounts: Annotated[tuple[Mount, ...], Field(strict=False)] = ()
+    requeue: bool = False
+    chain: PositiveInt = 1
+    signal_before_end_s: PositiveInt = 120
+    checkpoint_gb_per_s: PositiveFloat = 1.0
 
 
 class PreflightConfig(Section):
@@ -37,6 +86,9 @@ class ClusterConfig(Section):
     the disk, must be shorter.
     `group_timeout_s`: how long a collective of any process group may wait for its peers. The first
     ones wait for ranks that still build or read, later ones for the slowest step.
+    `max_restarts`: how often torchrun starts the ranks of a launch again after one has failed.
+    `environment`: of every rank; what is set already where a run is launched wins, but
+    not under Slurm, whose script sets it.
     """
 
     ranks_per_node: PositiveInt
@@ -44,3 +96,6 @@ class ClusterConfig(Section):
     preflight: PreflightConfig = PreflightConfig()
     hang_timeout_s: PositiveFloat | None = 600.0
     group_timeout_s: PositiveFloat = 1800.0
+    max_restarts: NonNegativeInt = 0
+    environment: Annotated[tuple[EnvironmentVariable, ...], Field(strict=False)] = ()
+    slurm: SlurmConfig | None = None

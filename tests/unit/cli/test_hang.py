@@ -241,7 +241,9 @@ LAUNCHER = """\
 import sys
 from pathlib import Path
 from dsv2_train.cli.launch.torchrun import run_ranks
-sys.exit(run_ranks(["worker.py"], 2, Path("logs"), hang_timeout_s=3.0).status)
+from dsv2_train.config.sections.cluster import ClusterConfig
+cluster = ClusterConfig(ranks_per_node=2, hang_timeout_s=3.0)
+sys.exit(run_ranks(["worker.py"], 2, Path("logs"), cluster=cluster).status)
 """
 
 WORKER = """\

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv2_train.cli.launch.stop import ONE_REQUEST_S, children
+
 # Importing torch takes seconds, many times that on a machine that is busy.
 PATIENCE_S = 90.0
 
@@ -29,14 +31,14 @@ from pathlib import Path
 rank = os.environ["RANK"]
 Path(f"pid_{rank}").write_text(str(os.getpid()))
 stopped = []
-signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+signal.signal(signal.SIGUSR2, lambda *_: stopped.append(1))
 print("hello from", rank, "threads", os.environ["OMP_NUM_THREADS"], flush=True)
 while not stopped:
     time.sleep(0.05)
 """
 
 FAILING_WORKER = """\
-import os, time
+import os, signal, time
 from torch.distributed.elastic.multiprocessing.errors import record
 from dsv2_train.config.problems import ConfigError, Problem
 
@@ -44,6 +46,7 @@ from dsv2_train.config.problems import ConfigError, Problem
 def main():
     if os.environ["RANK"] == "1":
         raise ERROR
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as when a handler heeds it
     time.sleep(600)
 
 main()
@@ -121,6 +124,63 @@ def test_a_first_signal_lets_the_ranks_end_well(
     ]
     (other,) = tmp_path.glob("logs/*/attempt_0/1/stdout.log")
     assert other.read_text() == f"hello from 1 threads {threads}\n"
+
+
+def test_what_slurm_sends_to_every_process_is_one_request(
+    tmp_path: Path, launch: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    launcher = launch(WORKER)
+    ranks = rank_pids(tmp_path)
+    time.sleep(0.5)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        for pid in (*ranks, parent_of(ranks[0]), launcher.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+    out, err = launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == 0, err
+    assert out.splitlines()[-1] == "Outcome(status=0, was_stopped=True)"
+    assert err.count("asked to stop") == 1 and "asked again" not in err
+
+
+def test_ranks_that_cannot_hear_yet_are_told_again(
+    tmp_path: Path, launch: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    deaf = WORKER.replace("signal.signal(", "time.sleep(4)\nsignal.signal(")
+    launcher = launch(deaf)
+    rank_pids(tmp_path)
+    launcher.send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == 0, err
+
+
+def test_a_second_signal_kills_at_once(
+    tmp_path: Path, launch: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    """Ranks that save for ever, as far as the one who waits can tell."""
+    launcher = launch(WORKER.replace("while not stopped", "while True"))
+    pids = rank_pids(tmp_path)
+    launcher.send_signal(signal.SIGTERM)
+    time.sleep(ONE_REQUEST_S + 1)
+    assert all(map(is_alive, pids)) and launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    asked_s = time.monotonic()
+    eventually(lambda: not any(map(is_alive, pids)))
+    assert time.monotonic() - asked_s < 2
+    _, err = launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == 1
+    assert err.endswith("asked again (SIGTERM): killed\ncomplete checkpoints are as they were\n")
+
+
+def test_without_ranks_there_is_nothing_to_wait_for(
+    tmp_path: Path, launch: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    launcher = launch(WORKER)
+    eventually(lambda: children(launcher.pid) != [])  # torchrun, which imports torch for seconds
+    launcher.send_signal(signal.SIGINT)
+    _, err = launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == 1
+    assert err.endswith("stopped while the ranks could not yet, or no longer, save\n")
+    assert not list(tmp_path.glob("pid_*"))
 
 
 @pytest.mark.parametrize("victim", ["launcher", "torchrun"])

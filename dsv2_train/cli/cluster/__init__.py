@@ -1,0 +1,1 @@
+"""Slurm: what launch/submit.py runs, and what its job runs on each node."""

@@ -1,0 +1,74 @@
+"""Preempted, out of time, a node lost: the job that goes on ends as the undisturbed run."""
+
+import re
+
+import pytest
+
+from tests.helpers.slurm import Slurm, wait_until
+from tests.helpers.slurm_run import SlurmRun
+
+pytestmark = pytest.mark.slurm
+
+QUIET = "monitor.wandb=disabled"
+REQUEUE = "cluster.slurm.requeue=true"
+
+
+@pytest.fixture
+def run(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
+    return SlurmRun(slurm, tmp_path_factory.mktemp("run"))
+
+
+def went_on_after(log: str) -> list[int]:
+    """The steps that starts of a run went on after."""
+    return [int(step) for step in re.findall(r"0: run quickstart goes on after step (\d+)", log)]
+
+
+def assert_same(run: SlurmRun, undisturbed: SlurmRun) -> None:
+    assert run.trace() == undisturbed.trace()
+    assert run.final_tensors() == undisturbed.final_tensors()
+
+
+def test_preempted_and_requeued(slurm: Slurm, run: SlurmRun, undisturbed: SlurmRun) -> None:
+    job_id = run.submit(REQUEUE)
+    run.wait_for_step(6)
+    with run.standing_still():
+        slurm.run("scancel", "--signal=TERM", job_id)
+    slurm.wait(job_id, "PENDING", timeout_s=run.PATIENCE_S)
+    job = slurm.wait(job_id, "COMPLETED", "FAILED", timeout_s=run.PATIENCE_S)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), run.log(job_id)
+    (step,) = went_on_after(run.log(job_id))
+    assert step >= 6
+    assert run.log(job_id).count("stopped cleanly: ") == 1
+    assert_same(run, undisturbed)
+
+
+def test_out_of_time_and_chained(slurm: Slurm, run: SlurmRun, undisturbed: SlurmRun) -> None:
+    """Slurm looks at limits every 30 s: it asks 29 to 59 s after the start, and ends it later."""
+    chain = ("time_limit_minutes=1", "signal_before_end_s=1", "chain=2")
+    job_id = run.submit(QUIET, *(f"cluster.slurm.{override}" for override in chain))
+    run.wait_for_step(6)
+    with run.standing_still():
+        wait_until(
+            lambda: "asked to stop" in run.log(job_id), lambda: run.log(job_id), timeout_s=90
+        )
+    first = slurm.wait(job_id, "COMPLETED", "FAILED", "TIMEOUT", timeout_s=run.PATIENCE_S)
+    assert first["JobState"] == "COMPLETED", run.log(job_id)
+    assert "stopped before its end" in run.log(job_id)
+    chained = str(int(job_id) + 1)
+    slurm.wait(chained, "COMPLETED", timeout_s=run.PATIENCE_S)
+    (step,) = went_on_after(run.log(chained))
+    assert step >= 6
+    assert_same(run, undisturbed)
+
+
+def test_a_node_is_lost_and_comes_back(slurm: Slurm, run: SlurmRun, undisturbed: SlurmRun) -> None:
+    job_id = run.submit(REQUEUE, QUIET)
+    run.wait_for_step(6)
+    slurm.kill_node("n1", with_steps=True)
+    slurm.wait(job_id, "PENDING", timeout_s=run.PATIENCE_S)
+    slurm.start_node("n1")
+    job = slurm.wait(job_id, "COMPLETED", "FAILED", timeout_s=run.PATIENCE_S)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), run.log(job_id)
+    (step,) = went_on_after(run.log(job_id))
+    assert step >= 4  # the newest checkpoint, every fourth step has one
+    assert_same(run, undisturbed)
