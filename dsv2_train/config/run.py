@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeInt
 
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 from dsv2_train.config.sections.checkpoint import CheckpointConfig
 from dsv2_train.config.sections.cluster import ClusterConfig
 from dsv2_train.config.sections.data import DataConfig

@@ -14,7 +14,6 @@ from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split, open_split
 from dsv2_train.data.manifest import verify
-from dsv2_train.data.sampler import joined
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.env import Env
 from dsv2_train.model.build import build_model
@@ -27,11 +26,12 @@ from dsv2_train.optim.build import build_optimizer, wrap
 from dsv2_train.optim.zero import ZeroOptimizer
 from dsv2_train.pipeline.build import build_executor
 from dsv2_train.pipeline.profiler import Profiler
-from dsv2_train.recipe.clock import Clock, Schedule
+from dsv2_train.recipe.clock import Schedule
 from dsv2_train.recipe.parameters import model_parameters, stage_parameters
+from dsv2_train.train.resume import begin_or_go_on, clock_of, skip_list_of
 from dsv2_train.train.run import Run
 from dsv2_train.train.signals import StopSignals
-from dsv2_train.train.telemetry import Telemetry
+from dsv2_train.train.telemetry.telemetry import Telemetry
 
 # The first collectives wait for ranks that still build; later ones for the slowest step.
 TIMEOUT_S = 1800.0
@@ -71,15 +71,9 @@ def build_run(config: RunConfig, env: Env) -> Run:
     optimizer = build_optimizer(chunks, config.optim, adam, groups)
     hosts = process_groups.build_hosts(TIMEOUT_S)
     checkpoints = _checkpoints(config, optimizer, hosts)
-    state = checkpoints.restore(list(optimizer.pieces()))
-    if state is not None:
-        optimizer.adam_step = state.adam_step
-        optimizer.after_load()
-    elif config.checkpoint.init_from is not None:
-        checkpoints.initialize(Path(config.checkpoint.init_from), list(optimizer.weights()))
-        optimizer.after_load()
+    state = begin_or_go_on(config, checkpoints, optimizer)
     schedule = Schedule(config.recipe, config.optim)
-    clock = Clock(state.step, state.consumed_samples) if state else Clock()
+    clock = clock_of(state)
     monitor = _monitor(config, env, schedule.last_step(clock), state)
     if monitor is not None:
         for damage in checkpoints.passed_over:
@@ -95,7 +89,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
         chunks=chunks,
         optimizer=optimizer,
         executor=executor,
-        train_split=_train_split(config, state),
+        train_split=replace(_split(config, "train"), skip_list=skip_list_of(config, state)),
         validation_split=_split(config, "validation"),
         checkpoints=checkpoints,
         monitor=monitor,
@@ -143,11 +137,6 @@ def _split(config: RunConfig, name: str) -> Split:
     return open_split(Path(config.data.path), name, length, config.run.seed)
 
 
-def _train_split(config: RunConfig, state: TrainState | None) -> Split:
-    skipped = state.skip_list if state else ()
-    return replace(_split(config, "train"), skip_list=joined(skipped, config.data.skip))
-
-
 def _telemetry(
     config: RunConfig,
     monitor: Monitor | None,
@@ -155,9 +144,8 @@ def _telemetry(
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> Telemetry:
-    world, dp_size = groups.intra_dist_opt, groups.dp.size()
     mixtures = {layer: one for model in models for layer, one in model.mixtures().items()}
-    return Telemetry(config, monitor, mixtures, world, dp_size, device)
+    return Telemetry(config, monitor, mixtures, groups.intra_dist_opt, device)
 
 
 def _start_up(run: Run, choices: list[Choice]) -> StartUp:

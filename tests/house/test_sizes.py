@@ -9,7 +9,7 @@ from tests.house.source import PACKAGE, code_lines, place, python_files, tree
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_FILES_A_PACKAGE = 9
-MAX_LINES_OF_CODE = 12_000
+MAX_LINES_OF_CODE = 15_000
 
 
 def long_files(files: Iterator[Path]) -> list[str]:
@@ -100,4 +100,4 @@ def test_only_code_counts(tmp_path: Path) -> None:
     assert code_lines(path) == 3
     path.write_text(DOCUMENTED + "x = 1  # one of many\n# why\n" * (MAX_LINES_OF_CODE - 5))
     assert too_much_code(iter([path])) == []
-    assert too_much_code(iter([path, path])) == ["24000 lines of code"]
+    assert too_much_code(iter([path, path])) == ["30000 lines of code"]

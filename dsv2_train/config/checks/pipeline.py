@@ -20,7 +20,7 @@ from dsv2_train.config.schedules import (
     is_possible,
     why_impossible,
 )
-from dsv2_train.config.sections.base import Absent
+from dsv2_train.config.section import Absent
 
 
 def _world(config: RunConfig) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from dsv2_train.config.checks import all as checks
 from dsv2_train.config.load import check
 from dsv2_train.config.problems import Problem, passing_over_absent
 from dsv2_train.config.schedules import SCHEDULES
-from dsv2_train.config.sections.base import Absent
+from dsv2_train.config.section import Absent
 
 
 def problems_of(*overrides: str) -> list[Problem]:

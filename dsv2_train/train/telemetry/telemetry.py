@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dsv2_train.config.run import RunConfig
-from dsv2_train.distributed.collectives import all_sum
 from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.monitor.memory import peak_memory
 from dsv2_train.monitor.monitor import Monitor
@@ -16,20 +15,29 @@ from dsv2_train.monitor.throughput import Stopwatch, throughput
 from dsv2_train.recipe.clock import Clock, Point
 from dsv2_train.recipe.flops import forward_flops
 from dsv2_train.recipe.mfu import peak_tflops
-from dsv2_train.train.routing_metrics import RoutedStep, expert_map, gather_step, routing_row
+from dsv2_train.train.telemetry.routing_metrics import (
+    RoutedStep,
+    expert_map,
+    gather_step,
+    routing_row,
+)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports, still on the device.
+    """What a step has computed before its update.
 
     Attributes:
-        loss: [] mean over this rank's micro-batches on the last stage, 0 on the others.
-        grad_norm: [] global norm before clipping.
+        loss: mean over the tokens of the step; the same bits on every rank.
+        grad_norm: global norm before clipping; the same bits on every rank.
+        norm: [] fp64, the same number on the device.
+        microbatch_losses: [] each, of this rank's micro-batches in order; on the last stage only.
     """
 
-    loss: Tensor
-    grad_norm: Tensor
+    loss: float
+    grad_norm: float
+    norm: Tensor
+    microbatch_losses: tuple[Tensor, ...]
 
 
 class Telemetry:
@@ -43,7 +51,6 @@ class Telemetry:
         monitor: on the rank that writes, else None.
         mixtures: this rank's mixtures of experts by the index of their layer in the model.
         world: the group of all ranks.
-        dp_size: data-parallel ranks that share a loss.
         device: where results are.
     """
 
@@ -53,14 +60,12 @@ class Telemetry:
         monitor: Monitor | None,
         mixtures: Mapping[int, MixtureOfExperts],
         world: ProcessGroup,
-        dp_size: int,
         device: torch.device,
     ) -> None:
         self._config = config
         self._monitor = monitor
         self._mixtures = mixtures
         self._world = world
-        self._dp_size = dp_size
         self._device = device
         flops = forward_flops(config.model, config.recipe.sequence_length, "causal")
         self._flops_per_token = flops.training
@@ -104,9 +109,9 @@ class Telemetry:
 
     def _row(self, point: Point, result: StepResult, routed: RoutedStep) -> dict[str, float]:
         row = {
-            "train/loss": all_sum(result.loss.double(), self._world).item() / self._dp_size,
+            "train/loss": result.loss,
             "train/lr": point.lr,
-            "train/grad_norm": result.grad_norm.item(),
+            "train/grad_norm": result.grad_norm,
             "train/global_batch_size": point.global_batch_size,
         }
         speed = throughput(
