@@ -143,6 +143,20 @@ class ZeroOptimizer:
             yield Piece(f"weight/{place.name}", place.shape, place.offset, shard.master)
 
     @torch.no_grad()
+    def gradient_numbers(self) -> dict[str, tuple[float, int]]:
+        """Of the gradient shards of this rank, by tensor: sum of squares, elements not finite.
+
+        No communication; reads numbers back for every tensor. Before `update` scales them.
+        """
+        found: dict[str, tuple[float, int]] = {}
+        for shard in self._shards:
+            square, num_bad = found.get(shard.place.name, (0.0, 0))
+            square += shard.gradient.double().square().sum().item()
+            num_bad += int((~shard.gradient.isfinite()).sum().item())
+            found[shard.place.name] = square, num_bad
+        return found
+
+    @torch.no_grad()
     def after_load(self) -> None:
         """Make the whole model what was loaded into `pieces()` or `weights()`.
 

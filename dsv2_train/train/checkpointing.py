@@ -92,5 +92,6 @@ def _state(run: Run) -> tuple[TrainState, list[Piece], str]:
         wandb_run_id=run.monitor.wandb_run_id if run.monitor else None,
         skip_list=run.train_split.skip_list,
         corpus=run.train_split.sha256,
+        guard=run.guard,
     )
     return state, list(run.optimizer.pieces()), to_yaml(run.config)

@@ -1,5 +1,7 @@
 """Validation loss."""
 
+import math
+
 import torch
 
 from dsv2_train.data.loader import batches
@@ -30,4 +32,7 @@ def evaluate(run: Run) -> float:
     reported = forward_backward(run, data, num_microbatches, forward_only=True)
     for chunk in run.chunks:
         chunk.train()
-    return all_sum(mean_loss(run, reported), run.world).item() / dp.size()
+    loss = all_sum(mean_loss(run, reported), run.world).item() / dp.size()
+    if run.monitor is not None and not math.isfinite(loss):
+        run.monitor.alert("validation", f"step {run.clock.step}: the validation loss is {loss}")
+    return loss

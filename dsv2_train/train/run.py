@@ -6,6 +6,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from dsv2_train.checkpoint.disk.state import GuardState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split
@@ -21,21 +22,25 @@ from dsv2_train.train.telemetry.telemetry import Telemetry
 
 @dataclass
 class Run:
-    """One rank's share of a run; only `clock` changes while it trains.
+    """One rank's share of a run; `clock`, `guard` and the skip list change while it trains.
 
     Attributes:
         chunks: this rank's part of the model, wrapped for data parallelism, by chunk.
         executor: runs micro-batches through the pipeline.
         monitor: on the rank that writes metrics, else None.
         world: the group of all ranks.
+        hosts: all ranks, over a back end that takes host tensors and objects.
+        guard: what the guards against bad numbers remember.
     """
 
     config: RunConfig
     env: Env
     groups: ProcessGroupCollection
     world: ProcessGroup
+    hosts: ProcessGroup
     schedule: Schedule
     clock: Clock
+    guard: GuardState
     chunks: list[DistributedDataParallel]
     optimizer: ZeroOptimizer
     executor: Executor

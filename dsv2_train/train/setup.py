@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from dsv2_train.checkpoint.disk.retention import Retention
-from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.checkpoint.disk.state import GuardState, TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.config.run import RunConfig
@@ -84,8 +84,10 @@ def build_run(config: RunConfig, env: Env) -> Run:
         env=env,
         groups=groups,
         world=groups.intra_dist_opt,
+        hosts=hosts,
         schedule=schedule,
         clock=clock,
+        guard=state.guard if state else GuardState(),
         chunks=chunks,
         optimizer=optimizer,
         executor=executor,

@@ -60,22 +60,34 @@ def _poisoned(rank: int, config: RunConfig, name: str, bad: float = math.nan) ->
     return "went on"
 
 
-def test_a_bad_gradient_norm_stops_every_rank_and_is_no_row(world: World, tmp_path: Path) -> None:
-    config = run_config(
-        tmp_path, synthetic_folder(tmp_path / "data"), "parallel.world_size=2", "parallel.pp=2"
-    )
+def _config(folder: Path, *overrides: str) -> RunConfig:
+    data = synthetic_folder(folder / "data")
+    return run_config(folder, data, "parallel.world_size=2", *overrides)
+
+
+def test_a_bad_loss_stops_every_rank_and_is_no_row(world: World, tmp_path: Path) -> None:
+    config = _config(tmp_path, "parallel.pp=2", "guards=stop")
     for said in world.run(_poisoned, 2, config, "output_layer"):
-        assert said.startswith("step 2: the gradient norm is nan")
+        assert said.startswith("step 2: the loss is nan, the gradient norm is nan; the loss of sam")
     assert [row["step"] for row in read_rows(config.run.folder / "metrics.jsonl")] == [1]
+
+
+ROUTER = "decoder.layers.2.mlp.router"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_router_logits_of_one_rank_stop_every_rank(
     world: World, tmp_path: Path, bad: float
 ) -> None:
-    """Its peer in the exchange is not left waiting."""
-    config = run_config(
-        tmp_path, synthetic_folder(tmp_path / "data"), "parallel.world_size=2", "parallel.ep=2"
-    )
-    for said in world.run(_poisoned, 2, config, "decoder.layers.2.mlp.router", bad):
-        assert said.startswith("step 2: the gradient norm is nan")
+    """Its peer in the exchange is not left waiting; layer and rank are told."""
+    config = _config(tmp_path, "parallel.ep=2", "guards=stop")
+    for said in world.run(_poisoned, 2, config, ROUTER, bad):
+        assert said.startswith("step 2: the loss is nan, the gradient norm is nan; layer 2 on rank")
+        assert "layer 2 on rank 1: 96 tokens with router logits not finite" in said
+
+
+def test_a_validation_loss_hides_no_bad_router_logits(world: World, tmp_path: Path) -> None:
+    config = _config(tmp_path, "parallel.ep=2")
+    assert world.run(_poisoned, 2, config, ROUTER) == ["went on"] * 2
+    rows = read_rows(config.run.folder / "metrics.jsonl")
+    assert [math.isnan(row["eval/loss"]) for row in rows if "eval/loss" in row] == [True, True]

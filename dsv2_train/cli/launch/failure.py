@@ -14,6 +14,7 @@ _PLAIN_ERRORS = (
     "CheckpointError",
     "DamagedError",
     "FloatingPointError",
+    "ReplicaError",
 )
 _KILLED_RANK = re.compile(r"rank\s+: (\d+) [^\n]*\n\s+exitcode\s+: -(\d+) ")
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from dsv2_train.config.checks.batch import BATCH_CHECKS
+from dsv2_train.config.checks.guards import GUARD_CHECKS
 from dsv2_train.config.checks.monitor import MONITOR_CHECKS
 from dsv2_train.config.checks.pipeline import PIPELINE_CHECKS
 from dsv2_train.config.problems import Check, Problem, passing_over_absent, value_at
@@ -138,6 +139,7 @@ _CHECKS: tuple[Check, ...] = (
     _deepep_has_bf16,
     *MONITOR_CHECKS,
     _only_a_pruned_run_has_exceptions,
+    *GUARD_CHECKS,
     _recomputed_once,
     _recompute_has_mixtures,
     _rope,

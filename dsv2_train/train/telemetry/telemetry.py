@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dsv2_train.checkpoint.disk.state import GuardState
 from dsv2_train.config.run import RunConfig
 from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.monitor.memory import peak_memory
@@ -78,7 +79,12 @@ class Telemetry:
             mixture.statistics.zero_()
 
     def end_step(
-        self, clock: Clock, point: Point, result: StepResult, validation_loss: float | None
+        self,
+        clock: Clock,
+        point: Point,
+        result: StepResult,
+        guard: GuardState,
+        validation_loss: float | None,
     ) -> None:
         """Count a step; on a log step, with an evaluation and for a map, reduce and report.
 
@@ -86,6 +92,7 @@ class Telemetry:
             clock: after the step.
             point: what the recipe asked of the step.
             result: what the step reported.
+            guard: after the step.
             validation_loss: of an evaluation after the step.
 
         Note:
@@ -103,6 +110,9 @@ class Telemetry:
             row = self._row(point, result, routed)
             if validation_loss is not None:
                 row["eval/loss"] = validation_loss
+            if guard.last_bad_step:
+                row["guard/skipped_steps"] = guard.skipped_steps
+                row["guard/rollbacks"] = guard.rollbacks
             self._report(clock, row)
         if map_is_due and routed.layers and self._monitor is not None:
             self._monitor.record_map(expert_map(routed, self._config.model), clock.step)

@@ -50,6 +50,12 @@ DISAGREEING = [
         ["checkpoint.keep_last=null", "checkpoint.keep_every_steps=100"],
         "checkpoint.keep_every_steps",
     ),
+    (["guards.spike.window=64"], "guards.spike.window"),
+    (["guards.spike.factor=4"], "guards.spike.factor"),
+    (
+        ["guards.spike.action=skip", "guards.spike.offending_steps=2"],
+        "guards.spike.offending_steps",
+    ),
     (["parallel.pp=8", "parallel.world_size=16"], "parallel.pp"),
     (["parallel.layers_per_chunk=[2,1]"], "parallel.layers_per_chunk"),
     (["parallel.layers_per_chunk=[2,1,1]"], "parallel.layers_per_chunk"),
