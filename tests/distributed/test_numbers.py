@@ -200,7 +200,7 @@ def test_rolled_back_is_as_if_the_samples_had_been_skipped_from_there(
 
 def test_a_spike_costs_the_samples_before_it_too(world: World, tmp_path: Path) -> None:
     """Those of steps 5 and 6 go, the checkpoint of step 5 moves aside, that of step 4 is used."""
-    common = ("checkpoint.every_steps=1", "recipe.num_steps=8", *SPIKES)
+    common = ("checkpoint.every_steps=1", *SPIKES)
     more = "guards.spike.offending_steps=2"
     rolling = _config(tmp_path, "rolling", "DP2", more, *common)
     rolled = _run(world, rolling, Fault([44], "spike"))
@@ -211,6 +211,7 @@ def test_a_spike_costs_the_samples_before_it_too(world: World, tmp_path: Path) -
     skip = "data.skip=[[32,48]]"
     expected = _run(world, _config(tmp_path, "skipping", "DP2", skip, *common), Fault())
     assert _whole(rolled) == _whole(expected)
+    assert rolled[0].guard.losses == expected[0].guard.losses, "those of the checkpoint, and two"
     names = sorted(path.name for path in rolling.run.checkpoint_folder.iterdir())
     aside = [name for name in names if not name.startswith("step_")]
     assert aside == ["rolled_back_step_00000005"]
