@@ -49,7 +49,8 @@ class Ours(Contender):
 
     @override
     def update(self) -> None:
-        self.optimizer.step(self.config.optim.lr)
+        norm = self.optimizer.measure()[0]
+        self.optimizer.update(self.config.optim.lr, norm)
 
     @override
     def num_parameters(self) -> int:

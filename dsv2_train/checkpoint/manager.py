@@ -153,7 +153,9 @@ class CheckpointManager:
                 f"the checkpoint of step {step} could not be written to {self.folder}:\n{error}"
             ) from error
 
-    def restore(self, pieces: Sequence[Piece]) -> TrainState | None:
+    def restore(
+        self, pieces: Sequence[Piece], at_most_step: int | None = None
+    ) -> TrainState | None:
         """Fill pieces from the newest checkpoint that is as it was written.
 
         Each newer one that is damaged, or was not written to the end, is told of on the first
@@ -165,9 +167,13 @@ class CheckpointManager:
 
         Args:
             pieces: over all ranks, every element of every tensor of the checkpoint.
+            at_most_step: go back to a checkpoint of this step or an earlier one; those of later
+                steps are renamed, so that these steps can be written again. Nothing may be under
+                way.
 
         Returns:
-            The clock, or None where no checkpoint was ever completed.
+            The clock, or None where no checkpoint was ever completed, or none of so early a step is
+            there; then nothing is renamed.
 
         Raises:
             DamagedError: on every rank, if all complete checkpoints are damaged (tensors and files
@@ -179,7 +185,7 @@ class CheckpointManager:
         Note:
             Collective over all ranks. Host memory: 16 MiB beside the pieces.
         """
-        restored = restore(self._ranks, self.folder, pieces)
+        restored = restore(self._ranks, self.folder, pieces, at_most_step)
         if restored is None:
             return None
         self.passed_over = restored.passed_over

@@ -36,16 +36,20 @@ class Restored:
     passed_over: tuple[str, ...]
 
 
-def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> Restored | None:
+def restore(
+    ranks: Ranks, folder: Path, pieces: Sequence[Piece], at_most_step: int | None = None
+) -> Restored | None:
     """Fill pieces from the newest intact checkpoint; see `CheckpointManager.restore`.
 
     Args:
         ranks: all ranks of the run.
         folder: the run's checkpoint folder.
         pieces: over all ranks, every element of every tensor of the checkpoint.
+        at_most_step: of which step it may be at most; any, if None.
 
     Returns:
-        The clock, or None where no checkpoint was ever completed.
+        The clock, or None where no checkpoint was ever completed, or none of so early a step is
+        there.
 
     Raises:
         DamagedError: on every rank, if there are checkpoints and all are damaged.
@@ -55,6 +59,12 @@ def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> Restored | N
         Collective over all ranks.
     """
     paths = ranks.first(lambda: layout.step_folders(folder))
+    later: list[Path] = []
+    if at_most_step is not None:
+        later = [path for path in paths if (layout.step_of(path) or 0) > at_most_step]
+        paths = paths[: len(paths) - len(later)]
+        if not paths:
+            return None
     passed_over: dict[Path, str] = {}
     for path in reversed(paths):
         try:
@@ -63,7 +73,7 @@ def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> Restored | N
             ranks.tell(f"CHECKPOINT PASSED OVER  {error}")
             passed_over[path] = str(error)
         else:
-            aside = partial(_set_aside, passed_over, path)
+            aside = partial(_set_aside, passed_over, later, path)
             return Restored(state, ranks.first(aside))
     if ranks.first(lambda: layout.was_saved_to(folder)):
         heading = f"{folder}: no checkpoint of this run is intact:"
@@ -71,8 +81,12 @@ def restore(ranks: Ranks, folder: Path, pieces: Sequence[Piece]) -> Restored | N
     return None
 
 
-def _set_aside(passed_over: Mapping[Path, str], used: Path) -> tuple[str, ...]:
+def _set_aside(
+    passed_over: Mapping[Path, str], later: Sequence[Path], used: Path
+) -> tuple[str, ...]:
     """Make room for the same steps to be written again."""
+    for path in reversed(later):  # the newest first: whenever this ends, no history has a gap
+        folders.set_back(path)
     return tuple(
         f"{text}\nthe run goes on from {used} instead; the other is kept as "
         f"{folders.set_aside(path).name}"

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from dsv2_train.config.checks.all import cross_check
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.run import RunConfig
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 from dsv2_train.config.sections.model import ModelConfig
 
 M = TypeVar("M", bound=BaseModel)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv2_train.config.run import RunConfig
-from dsv2_train.config.sections.base import Absent
+from dsv2_train.config.section import Absent
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeInt
 
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 from dsv2_train.config.sections.checkpoint import CheckpointConfig
 from dsv2_train.config.sections.cluster import ClusterConfig
 from dsv2_train.config.sections.data import DataConfig
+from dsv2_train.config.sections.guards import GuardsConfig
 from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.config.sections.monitor import MonitorConfig
 from dsv2_train.config.sections.optim import OptimConfig
@@ -43,5 +44,6 @@ class RunConfig(Section):
     optim: OptimConfig
     data: DataConfig
     checkpoint: CheckpointConfig
+    guards: GuardsConfig
     monitor: MonitorConfig
     cluster: ClusterConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsv2_train.config.problems import Problem, passing_over_absent
 from dsv2_train.config.run import RunConfig
-from dsv2_train.config.sections.base import Absent
+from dsv2_train.config.section import Absent
 from dsv2_train.data.manifest import (
     DataError,
     Manifest,

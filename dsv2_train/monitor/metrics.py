@@ -126,6 +126,8 @@ METRICS = (
     Metric("moe/communication_balance_loss", "", "unweighted", ".4f", over_layers="mean"),
     Metric("moe/exempt_share", "", "tokens of sequences that lose nothing to capacity", ".2%"),
     Metric("moe/num_alerts", "", "alerts about routing that came with this row", ",.0f"),
+    Metric("guard/skipped_steps", "steps", "left out so far for their numbers", ",.0f"),
+    Metric("guard/rollbacks", "", "returns to a checkpoint so far", ",.0f"),
     Metric("mem/peak_rss_gib", "GiB", "most resident memory of a CPU rank", ".2f"),
     Metric("mem/peak_reserved_gib", "GiB", "most memory reserved on a GPU", ".2f"),
 )

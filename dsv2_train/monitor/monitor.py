@@ -1,6 +1,7 @@
 """One place to report to, on the rank that writes."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,11 @@ class Monitor:
         self.metrics_path = folder / "metrics.jsonl"
         self.maps_path = folder / "expert_map.jsonl"
         self._console = ConsoleSink(total_steps)
-        self._alerts = Alerts(config.alerts, device_budget)
+        self._new_alerts = partial(Alerts, config.alerts, device_budget)
         aside = folder / "logs"
         self._rows = JsonlSink(self.metrics_path, first_step, aside, step_of_row)
         self._maps = JsonlSink(self.maps_path, first_step, aside, lambda line: decode_map(line)[0])
-        for sink in (self._rows, self._maps):
-            if sink.moved_aside is not None:
-                self.message(f"rows after step {first_step} moved to {sink.moved_aside}")
-        for row in read_rows(self.metrics_path):
-            self._alerts.check(row)  # told before; what counts is how long a rule is broken
+        self._alerts = self._tell_and_reread(first_step)
         self._wandb: WandbSink | None = None
         if config.wandb != "disabled":
             self._wandb = WandbSink(
@@ -86,6 +83,22 @@ class Monitor:
     def wandb_is_offline(self) -> bool:
         """True if what wandb has is on this machine only."""
         return self._wandb is not None and self._wandb.is_offline
+
+    def rewind(self, step: int) -> None:
+        """Go on after an earlier step: rows and maps after it move to `logs/`."""
+        self._rows.rewind(step)
+        self._maps.rewind(step)
+        self._alerts = self._tell_and_reread(step)
+
+    def _tell_and_reread(self, step: int) -> Alerts:
+        """Say which rows have moved; alerts that have seen the others."""
+        for sink in (self._rows, self._maps):
+            if sink.moved_aside is not None:
+                self.message(f"rows after step {step} moved to {sink.moved_aside}")
+        alerts = self._new_alerts()
+        for row in read_rows(self.metrics_path):
+            alerts.check(row)  # told before; what counts is how long a rule is broken
+        return alerts
 
     def record(
         self, row: Mapping[str, float], step: int, consumed_samples: int, consumed_tokens: int

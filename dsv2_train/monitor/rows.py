@@ -12,7 +12,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 def encode_row(row: Mapping[str, float]) -> str:
     """A row as one line of strict JSON, newline included; `decode_row` reads it back exactly."""
-    values = {key: _encode(value) for key, value in row.items()}
+    values = {key: encode_number(value) for key, value in row.items()}
     return json.dumps(values, allow_nan=False) + "\n"
 
 
@@ -77,7 +77,8 @@ def keep_until(
     return aside
 
 
-def _encode(value: float) -> float | str:
+def encode_number(value: float) -> float | str:
+    """A number as strict JSON can have it: one that is not finite as its name."""
     if isinstance(value, int):
         return value
     value = float(value)

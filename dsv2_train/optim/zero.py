@@ -75,22 +75,39 @@ class ZeroOptimizer:
             chunk.zero_grad_buffer()
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
-        """Clip, update and gather, from gradients that are reduced.
+    def measure(self, *numbers: Tensor) -> Tensor:
+        """The global gradient norm, from gradients that are reduced, and sums over all ranks.
+
+        Args:
+            numbers: [] each, of any dtype; what is to be added up on the way.
+
+        Returns:
+            [1 + numbers] fp64: the norm before clipping, then the sums; the same bits on every
+            rank.
+
+        Note:
+            Collective over all ranks: one all-reduce. Nothing is read back to the host.
+        """
+        # Every rank adds the squares of what it owns, so that nothing counts twice.
+        norms = torch._foreach_norm(self._norm_blocks, 2, dtype=torch.float64)
+        square = torch.stack(norms).square().sum()
+        sums = all_sum(torch.stack([square, *(each.double() for each in numbers)]), self._world)
+        sums[0].sqrt_()
+        return sums
+
+    @torch.no_grad()
+    def update(self, lr: float, norm: Tensor) -> None:
+        """Clip, update and gather.
 
         Args:
             lr: learning rate of this update.
-
-        Returns:
-            [] fp64, the global gradient norm before clipping; the same bits on every rank.
+            norm: [] fp64, from `measure`.
 
         Note:
-            Collective over all ranks: one all-reduce of one number, then the gathering of weights,
-            here or, with `overlap_param_gather`, by the executor when its next step begins. Scales
-            the gradient buffers in place. Nothing is read back to the host, unless AdamW runs
-            there.
+            Collective over all ranks: the gathering of weights, here or, with
+            `overlap_param_gather`, by the executor when its next step begins. Scales the gradient
+            buffers in place. Nothing is read back to the host, unless AdamW runs there.
         """
-        norm = self._grad_norm()
         self._clip(norm)
         self._bring_gradients_to_host()
         for group in self._adam.param_groups:
@@ -100,7 +117,6 @@ class ZeroOptimizer:
         self._copy_masters_to_weights()
         if self._gathers and not self._overlaps:
             self._gather_weights()
-        return norm
 
     def pieces(self) -> Iterator[Piece]:
         """The state this rank owns: over all ranks, every element of the model exactly once.
@@ -129,6 +145,20 @@ class ZeroOptimizer:
             yield Piece(f"weight/{place.name}", place.shape, place.offset, shard.master)
 
     @torch.no_grad()
+    def gradient_numbers(self) -> dict[str, tuple[float, int]]:
+        """Of the gradient shards of this rank, by tensor: sum of squares, elements not finite.
+
+        No communication; reads numbers back for every tensor. Before `update` scales them.
+        """
+        found: dict[str, tuple[float, int]] = {}
+        for shard in self._shards:
+            square, num_bad = found.get(shard.place.name, (0.0, 0))
+            square += shard.gradient.double().square().sum().item()
+            num_bad += int((~shard.gradient.isfinite()).sum().item())
+            found[shard.place.name] = square, num_bad
+        return found
+
+    @torch.no_grad()
     def after_load(self) -> None:
         """Make the whole model what was loaded into `pieces()` or `weights()`.
 
@@ -142,11 +172,6 @@ class ZeroOptimizer:
         with activity.waiting(Place.WEIGHTS):
             for chunk in self._chunks:
                 chunk.start_param_sync(force_sync=True)
-
-    def _grad_norm(self) -> Tensor:
-        """[] fp64: every rank adds the squares of what it owns, so that nothing counts twice."""
-        norms = torch._foreach_norm(self._norm_blocks, 2, dtype=torch.float64)
-        return all_sum(torch.stack(norms).square().sum(), self._world).sqrt()
 
     def _clip(self, norm: Tensor) -> None:
         factor = (self._clip_grad_norm / (norm + _NORM_EPS)).clamp(max=1.0).float()

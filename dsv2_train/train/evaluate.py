@@ -1,5 +1,7 @@
 """Validation loss."""
 
+import math
+
 import torch
 
 from dsv2_train.data.loader import batches
@@ -34,4 +36,6 @@ def evaluate(run: Run) -> float:
         loss = all_sum(mean_loss(run, reported), run.world).item() / dp.size()
     for chunk in run.chunks:
         chunk.train()
+    if run.monitor is not None and not math.isfinite(loss):
+        run.monitor.alert("validation", f"step {run.clock.step}: the validation loss is {loss}")
     return loss

@@ -1,9 +1,13 @@
 """The training loop."""
 
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Phase
+from dsv2_train.train.checkpointing import after_step, final_save
 from dsv2_train.train.evaluate import evaluate
-from dsv2_train.train.guards import require_finite
+from dsv2_train.train.guards.numbers import act_on, judge_step
+from dsv2_train.train.guards.replicas import check_replicas
 from dsv2_train.train.run import Run
-from dsv2_train.train.step import train_step
+from dsv2_train.train.step import measure
 
 
 def train(run: Run) -> None:
@@ -15,14 +19,23 @@ def train(run: Run) -> None:
         point = run.schedule.at(run.clock)
         run.telemetry.begin_step()
         with run.profiler.step(run.clock.step + 1):
-            result = train_step(run, point)
+            result = measure(run, point)
+            check_replicas(run)
+            verdict = judge_step(run, result)
+            if verdict.action == "update":
+                with activity.phase(Phase.OPTIMIZER):
+                    run.optimizer.update(point.lr, result.norm)
+        run.guard = verdict.state
+        if verdict.action != "update":
+            act_on(run, point, result, verdict)
+        if verdict.action == "rollback":
+            continue
         run.clock = run.clock.advance(point)
-        require_finite(run.clock, result.grad_norm)
         validation_loss = None
         if run.evaluation_due:
             with run.telemetry.stopwatch.evaluation():
                 validation_loss = evaluate(run)
-        run.telemetry.end_step(run.clock, point, result, validation_loss)
-        run.keep_checkpoints()
+        run.telemetry.end_step(run.clock, point, result, run.guard, validation_loss)
+        after_step(run)
     run.profiler.end()
-    run.save()
+    final_save(run)

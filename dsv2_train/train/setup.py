@@ -8,13 +8,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from dsv2_train.checkpoint.disk.retention import Retention
-from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.checkpoint.disk.state import GuardState, TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split, open_split
 from dsv2_train.data.manifest import verify
-from dsv2_train.data.sampler import joined
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.env import Env
 from dsv2_train.model.build import build_model
@@ -28,11 +27,12 @@ from dsv2_train.optim.build import build_optimizer, wrap
 from dsv2_train.optim.zero import ZeroOptimizer
 from dsv2_train.pipeline.build import build_executor
 from dsv2_train.pipeline.profiler import Profiler
-from dsv2_train.recipe.clock import Clock, Schedule
+from dsv2_train.recipe.clock import Schedule
 from dsv2_train.recipe.parameters import model_parameters, stage_parameters
+from dsv2_train.train.resume import begin_or_go_on, clock_of, skip_list_of
 from dsv2_train.train.run import Run
 from dsv2_train.train.signals import StopSignals
-from dsv2_train.train.telemetry import Telemetry
+from dsv2_train.train.telemetry.telemetry import Telemetry
 
 # Larger corpus files are held against their size at the start; `dsv2 validate` reads all of them.
 READ_AT_START_BYTES = 64 << 30
@@ -70,15 +70,9 @@ def build_run(config: RunConfig, env: Env) -> Run:
     optimizer = build_optimizer(chunks, config.optim, adam, groups)
     hosts = process_groups.build_hosts(timeout_s)
     checkpoints = _checkpoints(config, optimizer, hosts)
-    state = checkpoints.restore(list(optimizer.pieces()))
-    if state is not None:
-        optimizer.adam_step = state.adam_step
-        optimizer.after_load()
-    elif config.checkpoint.init_from is not None:
-        checkpoints.initialize(Path(config.checkpoint.init_from), list(optimizer.weights()))
-        optimizer.after_load()
+    state = begin_or_go_on(config, checkpoints, optimizer)
     schedule = Schedule(config.recipe, config.optim)
-    clock = Clock(state.step, state.consumed_samples) if state else Clock()
+    clock = clock_of(state)
     monitor = _monitor(config, env, schedule.last_step(clock), state)
     if monitor is not None:
         for damage in checkpoints.passed_over:
@@ -90,12 +84,14 @@ def build_run(config: RunConfig, env: Env) -> Run:
         env=env,
         groups=groups,
         world=groups.intra_dist_opt,
+        hosts=hosts,
         schedule=schedule,
         clock=clock,
+        guard=state.guard if state else GuardState(),
         chunks=chunks,
         optimizer=optimizer,
         executor=executor,
-        train_split=_train_split(config, state),
+        train_split=replace(_split(config, "train"), skip_list=skip_list_of(config, state)),
         validation_split=_split(config, "validation"),
         checkpoints=checkpoints,
         monitor=monitor,
@@ -143,11 +139,6 @@ def _split(config: RunConfig, name: str) -> Split:
     return open_split(Path(config.data.path), name, length, config.run.seed)
 
 
-def _train_split(config: RunConfig, state: TrainState | None) -> Split:
-    skipped = state.skip_list if state else ()
-    return replace(_split(config, "train"), skip_list=joined(skipped, config.data.skip))
-
-
 def _telemetry(
     config: RunConfig,
     monitor: Monitor | None,
@@ -156,9 +147,8 @@ def _telemetry(
     ranks: RankWatch,
     device: torch.device,
 ) -> Telemetry:
-    world, dp_size = groups.intra_dist_opt, groups.dp.size()
     mixtures = {layer: one for model in models for layer, one in model.mixtures().items()}
-    return Telemetry(config, monitor, mixtures, world, ranks, dp_size, device)
+    return Telemetry(config, monitor, mixtures, groups.intra_dist_opt, ranks, device)
 
 
 def _start_up(run: Run, choices: list[Choice]) -> StartUp:

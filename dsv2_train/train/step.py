@@ -1,4 +1,4 @@
-"""One optimizer step."""
+"""One optimizer step, up to its update."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -13,18 +13,21 @@ from dsv2_train.distributed.activity import Phase, Place
 from dsv2_train.recipe.clock import Point
 from dsv2_train.recipe.exemption import is_exempt
 from dsv2_train.train.run import Run
-from dsv2_train.train.telemetry import StepResult
+from dsv2_train.train.telemetry.telemetry import StepResult
 
 
-def train_step(run: Run, point: Point) -> StepResult:
-    """Forward, backward, reduction, clipping and update of one global batch.
+def measure(run: Run, point: Point) -> StepResult:
+    """Forward, backward and reduction of one global batch, up to its update.
 
     Args:
         run: the rank's run; the data position is its clock.
         point: what the recipe asks of this step.
 
     Returns:
-        Losses and gradient norm; nothing is read back to the host here.
+        Loss and gradient norm, with which all ranks can decide the same.
+
+    Note:
+        Collective over all ranks; reads two numbers from the device, at once.
     """
     activity.begin_step(run.clock.step + 1)
     run.optimizer.zero_grad()
@@ -42,31 +45,28 @@ def train_step(run: Run, point: Point) -> StepResult:
             run, run.telemetry.stopwatch.timed(data), num_microbatches, forward_only=False
         )
     with activity.phase(Phase.OPTIMIZER):
-        grad_norm = run.optimizer.step(point.lr)
-    return StepResult(loss=mean_loss(run, reported), grad_norm=grad_norm)
+        measured = run.optimizer.measure(mean_loss(run, reported))
+    grad_norm, loss = measured.tolist()
+    return StepResult(
+        loss=loss / run.groups.dp.size(),
+        grad_norm=grad_norm,
+        norm=measured[0],
+        microbatch_losses=tuple(losses["loss"] for losses in reported),
+    )
 
 
 def forward_backward(
     run: Run, data: Iterator[Batch], num_microbatches: int, *, forward_only: bool
 ) -> list[dict[str, Tensor]]:
-    """Run micro-batches through the pipeline; on the last stage, the loss of each.
-
-    Raises:
-        FloatingPointError: naming step, layer and rank, if a router's logits are not finite.
-    """
-    try:
-        return run.executor(
-            forward_step_func=partial(_forward_step, run=run),
-            data_iterator=itertools.tee(data, len(run.chunks)),
-            num_microbatches=num_microbatches,
-            seq_length=run.config.recipe.sequence_length,
-            micro_batch_size=run.config.recipe.micro_batch_size,
-            forward_only=forward_only,
-        )
-    except FloatingPointError as error:
-        done = run.clock.step
-        when = f"validation after step {done}" if forward_only else f"step {done + 1}"
-        raise FloatingPointError(f"{when}: {error}") from error
+    """Run micro-batches through the pipeline; on the last stage, the loss of each."""
+    return run.executor(
+        forward_step_func=partial(_forward_step, run=run),
+        data_iterator=itertools.tee(data, len(run.chunks)),
+        num_microbatches=num_microbatches,
+        seq_length=run.config.recipe.sequence_length,
+        micro_batch_size=run.config.recipe.micro_batch_size,
+        forward_only=forward_only,
+    )
 
 
 def mean_loss(run: Run, reported: list[dict[str, Tensor]]) -> Tensor:

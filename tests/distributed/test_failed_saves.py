@@ -27,7 +27,7 @@ from tests.helpers.faults import (
     no_space,
     small_disk,
 )
-from tests.helpers.run import Owned, add_up, close_run, open_run, owned, run_config
+from tests.helpers.run import Owned, add_up, before_step, close_run, open_run, owned, run_config
 from tests.helpers.world import World
 
 SMALL = 50_000
@@ -157,7 +157,6 @@ class Ended:
 def train(rank: int, config: RunConfig, faulty_step: int, failing: int) -> Ended:
     """Train; from the given step on, until its checkpoint was tried, one rank cannot write."""
     run = open_run(rank, config)
-    begin_step = run.telemetry.begin_step
     alerts: list[str] = []
     if run.monitor is not None:
         run.monitor.alert = lambda _, text: alerts.append(text)  # type: ignore[method-assign]
@@ -170,9 +169,8 @@ def train(rank: int, config: RunConfig, faulty_step: int, failing: int) -> Ended
                 if run.checkpoints._under_way is not None:
                     run.checkpoints._under_way._writing.exception()  # it has met the fault
                 faults.close()
-            begin_step()
 
-        run.telemetry.begin_step = begin  # type: ignore[method-assign]
+        before_step(run, begin)
         error = ""
         try:
             loop.train(run)

@@ -10,10 +10,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.recipe.exemption import is_exempt
-from dsv2_train.train import step as steps
 from dsv2_train.train.evaluate import evaluate
 from tests.helpers.corpus import synthetic_folder
-from tests.helpers.run import Owned, add_up, close_run, open_run, owned, run_config
+from tests.helpers.run import Owned, add_up, close_run, open_run, owned, run_config, train_step
 from tests.helpers.world import World
 
 # What a step may draw for: dropped assignments and exempt samples, recomputation, several chunks.
@@ -52,7 +51,7 @@ def _moved(rank: int, config: RunConfig, extra: str) -> list[str]:
     run = open_run(rank, config)
     before = _generators()
     point = run.schedule.at(run.clock)
-    steps.train_step(run, point)
+    train_step(run, point)
     run.clock = run.clock.advance(point)
     evaluate(run)
     {"torch": lambda: torch.rand(1), "numpy": np.random.random, "python": random.random}.get(

@@ -1,5 +1,6 @@
 """Whole runs on test ranks: the production path, small."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from dsv2_train.checkpoint.disk.checksum import add_checksums, tensor_checksum
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.env import Env
+from dsv2_train.recipe.clock import Point
 from dsv2_train.train.run import Run
 from dsv2_train.train.setup import build_run
+from dsv2_train.train.step import measure
+from dsv2_train.train.telemetry.telemetry import StepResult
 from tests.helpers.tiny import tiny_config
 
 
@@ -43,6 +47,24 @@ def close_run(run: Run) -> None:
     if run.monitor is not None:
         run.monitor.close()
     process_groups.destroy()
+
+
+def train_step(run: Run, point: Point) -> StepResult:
+    """One step, its numbers not looked at; the clock stays."""
+    result = measure(run, point)
+    run.optimizer.update(point.lr, result.norm)
+    return result
+
+
+def before_step(run: Run, fault: Callable[[], None]) -> None:
+    """Have `fault` called before every step, when telemetry has begun it."""
+    begin_step = run.telemetry.begin_step
+
+    def begin() -> None:
+        begin_step()
+        fault()
+
+    run.telemetry.begin_step = begin  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

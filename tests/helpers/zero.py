@@ -86,7 +86,9 @@ class Rank:
         chunk.finish_grad_sync()
         if self.case.sabotage == "missing bucket":
             chunk.bucket_groups[0].buckets[0].grad_data.zero_()
-        return self.optimizer.step(LEARNING_RATES[step]).item()
+        norm = self.optimizer.measure()[0]
+        self.optimizer.update(LEARNING_RATES[step], norm)
+        return norm.item()
 
     def _gradients(self, step: int, microbatch: int) -> Iterator[tuple[str, Tensor]]:
         """Dense: this rank's own. Experts: what the tokens of the whole EP group ask of ours."""

@@ -140,10 +140,12 @@ def newest_intact(folder: Path) -> Newest:
 
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint that is damaged or unfinished; nothing of it is lost."""
-    aside = layout.damaged_folder(path)
-    path.rename(aside)
-    sync(path.parent)
-    return aside
+    return _renamed(path, layout.damaged_folder(path))
+
+
+def set_back(path: Path) -> Path:
+    """Rename a checkpoint that a run goes back behind; nothing of it is lost."""
+    return _renamed(path, layout.rolled_back_folder(path))
 
 
 def remove(path: Path) -> None:
@@ -196,6 +198,12 @@ def reading(path: Path) -> Iterator[None]:
 def marker_of(manifest: bytes) -> bytes:
     """Content of the marker of a checkpoint that has this manifest."""
     return f"{hashlib.sha256(manifest).hexdigest()}\n".encode()
+
+
+def _renamed(path: Path, aside: Path) -> Path:
+    path.rename(aside)
+    sync(path.parent)
+    return aside
 
 
 def _size_problems(path: Path, files: Mapping[str, FileEntry]) -> list[str]:

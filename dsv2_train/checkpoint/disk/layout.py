@@ -11,6 +11,7 @@ checkpoints/
   .tmp_step_00000200/     one being written, or left behind by a crash
   .tmp_removed_step_.../  one being removed, or left behind by a crash
   damaged_step_00000300/  one that was found damaged, moved aside; never read, never removed
+  rolled_back_step_.../   one that a run went back behind, moved aside; the same
 """
 
 import re
@@ -27,6 +28,7 @@ CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".tmp_"
 _DAMAGED = "damaged_"
+_ROLLED_BACK = "rolled_back_"
 
 
 class CheckpointError(Exception):
@@ -54,12 +56,12 @@ def removed_folder(path: Path) -> Path:
 
 def damaged_folder(path: Path) -> Path:
     """Where a damaged checkpoint is moved to: a name that is free."""
-    number = 1
-    aside = path.with_name(f"{_DAMAGED}{path.name}")
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{_DAMAGED}{path.name}_{number}")
-    return aside
+    return _aside(path, _DAMAGED)
+
+
+def rolled_back_folder(path: Path) -> Path:
+    """Where a checkpoint is moved to that a run goes back behind: a name that is free."""
+    return _aside(path, _ROLLED_BACK)
 
 
 def data_file(rank: int) -> str:
@@ -107,9 +109,10 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{_TEMPORARY}*step_*"))
 
 
-def damaged_aside(folder: Path) -> list[Path]:
-    """Damaged checkpoints that were moved aside."""
-    return sorted(folder.glob(f"{_DAMAGED}step_*"))
+def moved_aside(folder: Path) -> list[Path]:
+    """Checkpoints that were moved aside: damaged ones, then those that a run went back behind."""
+    kinds = (_DAMAGED, _ROLLED_BACK)
+    return [path for kind in kinds for path in sorted(folder.glob(f"{kind}step_*"))]
 
 
 def checkpoint_at(path: Path) -> Path:
@@ -135,3 +138,12 @@ def checkpoint_at(path: Path) -> Path:
             f"step_<8 digits> folders in it that have a {MARKER} file"
         )
     return found
+
+
+def _aside(path: Path, kind: str) -> Path:
+    number = 1
+    aside = path.with_name(f"{kind}{path.name}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{kind}{path.name}_{number}")
+    return aside

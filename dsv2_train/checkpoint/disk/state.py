@@ -1,6 +1,7 @@
 """The clock of a run, and what else a resumed run must know besides its tensors."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -8,6 +9,25 @@ from typing import Any
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 
 _SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What bad steps and the losses before have left, for the rules about the next ones.
+
+    Attributes:
+        losses: of the last steps that were learned, oldest first; none without a rule for spikes.
+        in_a_row: bad steps since the last one that was learned.
+        last_bad_step: the highest number of a bad step, 0 without one.
+        skipped_steps: steps without an update, since the run began.
+        rollbacks: returns to a checkpoint, since the run began.
+    """
+
+    losses: tuple[float, ...] = ()
+    in_a_row: int = 0
+    last_bad_step: int = 0
+    skipped_steps: int = 0
+    rollbacks: int = 0
 
 
 @dataclass(frozen=True)
@@ -22,6 +42,7 @@ class TrainState:
         wandb_run_id: run to go on with in wandb, or None.
         skip_list: samples that are never trained on, [first, end) ranges of ids in order.
         corpus: SHA-256 of the token stream that was trained on; None where nothing was.
+        guard: what the guards against bad numbers remember.
     """
 
     step: int
@@ -31,6 +52,7 @@ class TrainState:
     wandb_run_id: str | None = None
     skip_list: tuple[tuple[int, int], ...] = ()
     corpus: str | None = None
+    guard: GuardState = GuardState()
 
     def to_json(self) -> str:
         """The record as a JSON object, with the version of this schema."""
@@ -60,7 +82,9 @@ class TrainState:
         if problems:
             raise CheckpointError("\n".join(["state:", *(f"  - {line}" for line in problems)]))
         skip_list = tuple((first, end) for first, end in values.pop("skip_list"))
-        return cls(**values, skip_list=skip_list)
+        guard = values.pop("guard")
+        losses = tuple(guard.pop("losses"))
+        return cls(**values, skip_list=skip_list, guard=GuardState(losses, **guard))
 
 
 def _problems(values: dict[str, Any]) -> list[str]:
@@ -94,8 +118,18 @@ def _is_skip_list(value: object) -> bool:
     return of_two and all(map(_is_count, ends)) and ends == sorted(set(ends))
 
 
+def _is_guard(value: object) -> bool:
+    names = [field.name for field in fields(GuardState)]
+    if not isinstance(value, dict) or sorted(value) != sorted(names):
+        return False
+    losses, *counts = (value[name] for name in names)
+    of_numbers = isinstance(losses, list) and all(type(loss) is float for loss in losses)
+    return of_numbers and all(map(math.isfinite, losses)) and all(map(_is_count, counts))
+
+
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "wandb_run_id": (_is_text_or_none, "a string or null"),
     "skip_list": (_is_skip_list, "ranges [first, end) in order, with samples between them"),
     "corpus": (_is_text_or_none, "a string or null"),
+    "guard": (_is_guard, "an object with finite losses and counts >= 0"),
 }

@@ -30,7 +30,7 @@ def folder_of_run(path: Path) -> Path:
 def everything(folder: Path) -> list[Path]:
     """Checkpoints, complete or not, what saves left behind, and damaged ones moved aside."""
     return [
-        *layout.damaged_aside(folder),
+        *layout.moved_aside(folder),
         *layout.step_folders(folder),
         *layout.leftovers(folder),
     ]

@@ -47,6 +47,8 @@ def _row(path: Path) -> tuple[str, ...]:
     step, tokens, placed, state = "", "", "", "left by a save or a removal, or one is at work"
     if path.name.startswith("damaged_"):
         state = "damaged or unfinished, moved aside"
+    elif path.name.startswith("rolled_back_"):
+        state = "the run went back behind it, moved aside"
     elif layout.step_of(path) is not None:
         step, tokens, placed, state = _contents(path)
     return path.name, step, tokens, human(size_of(path)), written, placed, state

@@ -15,6 +15,7 @@ _PLAIN_ERRORS = (
     "DamagedError",
     "FloatingPointError",
     "PreflightError",
+    "ReplicaError",
 )
 _KILLED_RANK = re.compile(r"rank\s+: (\d+) [^\n]*\n\s+exitcode\s+: -(\d+) ")
 

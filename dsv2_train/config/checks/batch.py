@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from dsv2_train.config.problems import Check, Problem, value_at
 from dsv2_train.config.run import RunConfig
-from dsv2_train.config.sections.base import Absent
+from dsv2_train.config.section import Absent
 
 
 def _end(config: RunConfig) -> Iterator[Problem]:

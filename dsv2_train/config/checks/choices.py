@@ -7,7 +7,7 @@ from typing import Any
 
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.schedules import SCHEDULES, TRAITS
-from dsv2_train.config.sections.base import Absent
+from dsv2_train.config.section import Absent
 
 Works = Callable[[RunConfig], bool]
 Changes = Mapping[str, Any]  # fields of `parallel` and their new values

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 
 
 class CheckpointConfig(Section):

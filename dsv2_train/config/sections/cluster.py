@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 
 # Slurm reads its options before a shell does: nothing can be quoted there for sure.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/@%+=,-]*$")]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt
 
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 
 SampleRange = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 
 
 class YarnConfig(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt
 
 from dsv2_train.config.placement import Placement
 from dsv2_train.config.schedules import Schedule, placement_shape
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 
 Recomputed = Literal["moe", "mla_up_projection"]
 LayersPerChunk = Annotated[tuple[PositiveInt, ...], Field(strict=False)]

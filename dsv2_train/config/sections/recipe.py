@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dsv2_train.config.sections.base import Section
+from dsv2_train.config.section import Section
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 

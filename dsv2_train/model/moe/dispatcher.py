@@ -106,7 +106,7 @@ class ExpertParallelDispatch:
     def arrived(self) -> ExpertRows:
         """Wait; then the rows of this rank's experts, expanded from the copies."""
         copies, marked = self._dispatch.wait(*self._in_flight)
-        self._plan = row_plan(marked >= 0)
+        self._plan = row_plan(marked != _NOT_SELECTED)  # a gate that is NaN travels as well
         return _expert_rows(copies, marked, self._plan)
 
     def issue_combine(self, expert_output: Tensor) -> None:

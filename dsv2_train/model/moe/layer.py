@@ -78,9 +78,6 @@ class MixtureOfExperts(MoELayer):
         Returns:
             [S, B, h] and no bias.
 
-        Raises:
-            FloatingPointError: for router logits that are not finite, before anything is sent.
-
         Note:
             Communication: see `DeviceCapacity` and `ExpertParallelDispatch`. Recomputation repeats
             what follows the routing: it is decided, counted and its losses are attached once.

@@ -1,7 +1,7 @@
 """What a mixture-of-experts layer decided, counted on the device as one vector."""
 
 # S positions, B sequences, T = S * B tokens, E routed experts, K experts a token, D device groups,
-# W = E + D + 8
+# W = E + D + 9
 
 import dataclasses
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ class LayerStatistics:
         num_exempt_tokens: [] tokens of sequences that are exempt from dropping.
         num_tokens: [] tokens.
         num_microbatches: [] micro-batches.
+        num_bad_tokens: [] tokens whose router logits are not finite.
     """
 
     expert_counts: Tensor
@@ -36,6 +37,7 @@ class LayerStatistics:
     num_exempt_tokens: Tensor
     num_tokens: Tensor
     num_microbatches: Tensor
+    num_bad_tokens: Tensor
 
     def flatten(self) -> Tensor:
         """[..., W] float64, where counts are exact below 2^53; to be summed over ranks."""
@@ -96,4 +98,5 @@ def count(
         num_exempt_tokens=zero if exempt is None else exempt.sum() * routing.affinities.size(0),
         num_tokens=zero + num_tokens,
         num_microbatches=zero + 1,
+        num_bad_tokens=routing.affinities.isnan().any(dim=-1).sum(),
     )

@@ -335,3 +335,30 @@ def test_the_manifest_is_plain_json(saved: Path) -> None:
         "config.yaml",
         "state.json",
     }
+
+
+def test_going_back_moves_later_checkpoints_aside(manager: CheckpointManager) -> None:
+    for step in (100, 200, 300):
+        manager.save(TrainState(step, step, step, step), pieces_of(tensors(step)), CONFIG)
+    loaded = blank()
+    assert manager.restore(pieces_of(loaded), at_most_step=99) is None
+    state = manager.restore(pieces_of(loaded), at_most_step=150)
+    assert state is not None and state.step == 100
+    assert equal(loaded, tensors(100))
+    names = sorted(path.name for path in manager.folder.iterdir())
+    assert names == ["rolled_back_step_00000200", "rolled_back_step_00000300", "step_00000100"]
+    again = manager.save(TrainState(200, 200, 200, 200), pieces_of(tensors(7)), CONFIG)
+    assert manager.restore(pieces_of(loaded)) == TrainState(200, 200, 200, 200)
+    assert equal(loaded, tensors(7))
+    folder.set_back(again)
+    assert (manager.folder / "rolled_back_step_00000200_2").is_dir()
+
+
+def test_a_damaged_checkpoint_is_passed_over_on_the_way_back(manager: CheckpointManager) -> None:
+    for step in (100, 200, 300):
+        manager.save(TrainState(step, step, step, step), pieces_of(tensors(step)), CONFIG)
+    (manager.folder / "step_00000200" / layout.MANIFEST).write_text("")
+    state = manager.restore(pieces_of(blank()), at_most_step=200)
+    assert state is not None and state.step == 100
+    names = sorted(path.name for path in manager.folder.iterdir())
+    assert names == ["damaged_step_00000200", "rolled_back_step_00000300", "step_00000100"]

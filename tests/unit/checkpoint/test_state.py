@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.disk.state import TrainState
+from dsv2_train.checkpoint.disk.state import GuardState, TrainState
 
 STATE = TrainState(7, 14, 1792, 7, "a1b2")
 
@@ -17,14 +17,24 @@ STATE = TrainState(7, 14, 1792, 7, "a1b2")
     run_id=st.none() | st.text(),
     ends=st.sets(st.integers(0, 2**62), max_size=8),
     corpus=st.none() | st.text(),
+    losses=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=5),
 )
 def test_round_trip(
-    counts: list[int], run_id: str | None, ends: set[int], corpus: str | None
+    counts: list[int],
+    run_id: str | None,
+    ends: set[int],
+    corpus: str | None,
+    losses: list[float],
 ) -> None:
     in_order = sorted(ends)
     skip_list = tuple(zip(in_order[::2], in_order[1::2], strict=False))
-    state = TrainState(counts[0], counts[1], counts[2], counts[3], run_id, skip_list, corpus)
+    guard = GuardState(tuple(losses), *counts)
+    state = TrainState(*counts, run_id, skip_list, corpus, guard)
     assert TrainState.from_json(state.to_json()) == state
+
+
+def guard(**values: object) -> str:
+    return changed(guard={**json.loads(STATE.to_json())["guard"], **values})
 
 
 def changed(**values: object) -> str:
@@ -46,6 +56,11 @@ def changed(**values: object) -> str:
         (changed(skip_list=[[1, 2, 3, 4]]), "skip_list: found"),
         (changed(skip_list=[[1, 2], 3]), "skip_list: found"),
         (changed(skip_list=[["1", 2]]), "skip_list: found"),
+        (changed(guard=None), "guard: found None; allowed: an object with finite losses"),
+        (guard(losses=["1"]), "guard: found"),
+        (guard(losses=[float("nan")]), "guard: found"),
+        (guard(rollbacks=-1), "guard: found"),
+        (guard(more=1), "guard: found"),
         ('{"schema_version": 1, "step": 3}', "consumed_samples: missing"),
         ("[]", "found list; allowed: an object"),
         ("{", "not JSON"),

@@ -61,8 +61,9 @@ def test_where_there_is_nothing_one_line_says_so(
 def test_ls_tells_of_everything_there_is(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    paths = {step: save(tmp_path, step) for step in (10, 20, 30, 40)}
+    paths = {step: save(tmp_path, step) for step in (10, 20, 30, 40, 60)}
     folder.set_aside(paths[10])
+    folder.set_back(paths[60])
     (paths[20] / layout.MARKER).unlink()
     flip(paths[40] / layout.STATE, 5)
     shutil.copytree(paths[30], tmp_path / "checkpoints" / ".tmp_step_00000050")
@@ -71,12 +72,14 @@ def test_ls_tells_of_everything_there_is(
     rows = {line.split()[0]: line for line in text.splitlines() if "step_" in line}
     assert list(rows) == [
         "damaged_step_00000010",
+        "rolled_back_step_00000060",
         "step_00000020",
         "step_00000030",
         "step_00000040",
         ".tmp_step_00000050",
     ]
     assert "moved aside" in rows["damaged_step_00000010"]
+    assert "went back behind it" in rows["rolled_back_step_00000060"]
     assert "unfinished" in rows["step_00000020"]
     assert all(word in rows["step_00000030"] for word in ("1,920", "PP1 EP1", "complete", " kB "))
     assert "damaged" in rows["step_00000040"]

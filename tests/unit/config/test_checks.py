@@ -5,7 +5,7 @@ from dsv2_train.config.checks import all as checks
 from dsv2_train.config.checks.pipeline import PIPELINE_CHECKS
 from dsv2_train.config.load import check
 from dsv2_train.config.problems import Problem, passing_over_absent
-from dsv2_train.config.sections.base import Absent
+from dsv2_train.config.section import Absent
 
 
 def problems_of(*overrides: str) -> list[Problem]:
@@ -33,6 +33,12 @@ DISAGREEING = [
     (
         ["checkpoint.keep_last=null", "checkpoint.keep_every_steps=100"],
         "checkpoint.keep_every_steps",
+    ),
+    (["guards.spike.window=64"], "guards.spike.window"),
+    (["guards.spike.factor=4"], "guards.spike.factor"),
+    (
+        ["guards.spike.action=skip", "guards.spike.offending_steps=2"],
+        "guards.spike.offending_steps",
     ),
     (["parallel.pp=8", "parallel.world_size=16"], "parallel.pp"),
     (["parallel.layers_per_chunk=[2,1]"], "parallel.layers_per_chunk"),

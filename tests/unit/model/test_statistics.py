@@ -44,9 +44,9 @@ def test_without_capacity_nothing_is_dropped_or_exempt() -> None:
 def test_a_flat_vector_holds_every_field_once() -> None:
     generator = torch.Generator().manual_seed(0)
     width = num_statistics(num_experts=6, num_device_groups=3)
-    assert width == 6 + 3 + 3 + 5
+    assert width == 6 + 3 + 3 + 6
     flat = torch.rand(2, width, dtype=torch.float64, generator=generator)
     fields = LayerStatistics.unflatten(flat, 6, 3)
     shapes = [getattr(fields, field.name).shape[1:] for field in dataclasses.fields(fields)]
-    assert shapes == [(6,), (3,), (3,), (), (), (), (), ()]
+    assert shapes == [(6,), (3,), (3,), (), (), (), (), (), ()]
     assert torch.equal(fields.flatten(), flat)

@@ -18,7 +18,7 @@ def test_every_key_is_declared_once_and_named_by_the_glossary() -> None:
     keys = [metric.key for metric in METRICS]
     assert len(set(keys)) == len(keys)
     for metric in METRICS:
-        assert re.fullmatch(r"(train|eval|perf|moe|mem)/[a-z][a-z0-9_]*", metric.key)
+        assert re.fullmatch(r"(train|eval|perf|moe|guard|mem)/[a-z][a-z0-9_]*", metric.key)
         assert metric.meaning
         assert format(1234.5, metric.number_format)
 

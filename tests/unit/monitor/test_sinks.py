@@ -144,3 +144,18 @@ def test_resumed_file_tells_one_history(tmp_path: Path) -> None:
     (aside,) = (tmp_path / "logs").iterdir()
     assert aside.name == "metrics_after_step_00000010_1.jsonl"
     assert [row["step"] for row in read_rows(aside)] == [20, 30]
+
+
+def test_a_rewound_file_tells_one_history(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, 0, tmp_path / "logs", step_of_row)
+    for step in (10, 20, 30):
+        sink.write(encode_row(make_row(step)))
+    sink.rewind(10)
+    assert sink.moved_aside == tmp_path / "logs" / "metrics_after_step_00000010_1.jsonl"
+    assert [row["step"] for row in read_rows(sink.moved_aside)] == [20, 30]
+    sink.write(encode_row(make_row(20)))
+    sink.rewind(20)
+    assert sink.moved_aside is None
+    sink.close()
+    assert [row["step"] for row in read_rows(path)] == [10, 20]

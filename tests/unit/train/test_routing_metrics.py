@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.model.moe.statistics import LayerStatistics, num_statistics
 from dsv2_train.monitor.metrics import check_row
-from dsv2_train.train.routing_metrics import RoutedStep, expert_map, gather_step, routing_row
+from dsv2_train.train.telemetry.routing_metrics import (
+    RoutedStep,
+    expert_map,
+    gather_step,
+    routing_row,
+)
 from tests.helpers.tiny import tiny_config
 from tests.helpers.world import World
 
@@ -43,6 +48,7 @@ def step_of(counts: list[list[int]], sent: list[list[int]], **scalars: list[floa
         num_exempt_tokens=named.pop("num_exempt", ones * 0),
         num_tokens=tokens,
         num_microbatches=named.pop("num_microbatches", ones),
+        num_bad_tokens=ones * 0,
     )
     assert not named
     return RoutedStep(list(range(1, len(counts) + 1)), statistics)

@@ -43,7 +43,7 @@ def gather_step(
         world: ranks that together hold every layer and every token once.
 
     Note:
-        Collective: one all-reduce of 8 L (E + D + 8) bytes for L layers, and one read.
+        Collective: one all-reduce of 8 L (E + D + 9) bytes for L layers, and one read.
     """
     num_experts, num_device_groups = model.num_routed_experts, model.num_device_groups
     width = num_statistics(num_experts, num_device_groups)

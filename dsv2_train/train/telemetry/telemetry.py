@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dsv2_train.checkpoint.disk.state import GuardState
 from dsv2_train.config.run import RunConfig
-from dsv2_train.distributed.collectives import all_sum
 from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.monitor.memory import peak_memory
 from dsv2_train.monitor.monitor import Monitor
@@ -17,20 +17,29 @@ from dsv2_train.monitor.throughput import Stopwatch, throughput
 from dsv2_train.recipe.clock import Clock, Point
 from dsv2_train.recipe.flops import forward_flops
 from dsv2_train.recipe.mfu import peak_tflops
-from dsv2_train.train.routing_metrics import RoutedStep, expert_map, gather_step, routing_row
+from dsv2_train.train.telemetry.routing_metrics import (
+    RoutedStep,
+    expert_map,
+    gather_step,
+    routing_row,
+)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports, still on the device.
+    """What a step has computed before its update.
 
     Attributes:
-        loss: [] mean over this rank's micro-batches on the last stage, 0 on the others.
-        grad_norm: [] global norm before clipping.
+        loss: mean over the tokens of the step; the same bits on every rank.
+        grad_norm: global norm before clipping; the same bits on every rank.
+        norm: [] fp64, the same number on the device.
+        microbatch_losses: [] each, of this rank's micro-batches in order; on the last stage only.
     """
 
-    loss: Tensor
-    grad_norm: Tensor
+    loss: float
+    grad_norm: float
+    norm: Tensor
+    microbatch_losses: tuple[Tensor, ...]
 
 
 class Telemetry:
@@ -45,7 +54,6 @@ class Telemetry:
         mixtures: this rank's mixtures of experts by the index of their layer in the model.
         world: the group of all ranks.
         ranks: tells of slow ones.
-        dp_size: data-parallel ranks that share a loss.
         device: where results are.
     """
 
@@ -56,7 +64,6 @@ class Telemetry:
         mixtures: Mapping[int, MixtureOfExperts],
         world: ProcessGroup,
         ranks: RankWatch,
-        dp_size: int,
         device: torch.device,
     ) -> None:
         self._config = config
@@ -64,7 +71,6 @@ class Telemetry:
         self._mixtures = mixtures
         self._world = world
         self._ranks = ranks
-        self._dp_size = dp_size
         self._device = device
         flops = forward_flops(config.model, config.recipe.sequence_length, "causal")
         self._flops_per_token = flops.training
@@ -78,7 +84,12 @@ class Telemetry:
         self._ranks.begin_step()
 
     def end_step(
-        self, clock: Clock, point: Point, result: StepResult, validation_loss: float | None
+        self,
+        clock: Clock,
+        point: Point,
+        result: StepResult,
+        guard: GuardState,
+        validation_loss: float | None,
     ) -> None:
         """Count a step; on a log step, with an evaluation and for a map, reduce and report.
 
@@ -86,6 +97,7 @@ class Telemetry:
             clock: after the step.
             point: what the recipe asked of the step.
             result: what the step reported.
+            guard: after the step.
             validation_loss: of an evaluation after the step.
 
         Note:
@@ -104,15 +116,18 @@ class Telemetry:
             row = self._row(point, result, routed)
             if validation_loss is not None:
                 row["eval/loss"] = validation_loss
+            if guard.last_bad_step:
+                row["guard/skipped_steps"] = guard.skipped_steps
+                row["guard/rollbacks"] = guard.rollbacks
             self._report(clock, row)
         if map_is_due and routed.layers and self._monitor is not None:
             self._monitor.record_map(expert_map(routed, self._config.model), clock.step)
 
     def _row(self, point: Point, result: StepResult, routed: RoutedStep) -> dict[str, float]:
         row = {
-            "train/loss": all_sum(result.loss.double(), self._world).item() / self._dp_size,
+            "train/loss": result.loss,
             "train/lr": point.lr,
-            "train/grad_norm": result.grad_norm.item(),
+            "train/grad_norm": result.grad_norm,
             "train/global_batch_size": point.global_batch_size,
         }
         speed = throughput(
