@@ -24,7 +24,8 @@ class CheckpointManager:
     Attributes:
         folder: the run's checkpoint folder.
         every_steps: a checkpoint is due every so many steps.
-        passed_over: what was wrong with newer checkpoints than the one that was restored.
+        passed_over: what was wrong with newer checkpoints than the one that was restored, and
+            with its marker.
 
     Args:
         folder: the run's checkpoint folder; made by the first save.
@@ -156,9 +157,9 @@ class CheckpointManager:
     def restore(self, pieces: Sequence[Piece]) -> TrainState | None:
         """Fill pieces from the newest checkpoint that is as it was written.
 
-        Each newer one that is damaged, or was not written to the end, is told of on the first
-        rank's standard error and in `passed_over`, and renamed, so that its step can be written
-        again.
+        Each newer one that is damaged is told of in `passed_over`, and renamed, so that its step
+        can be written again. One that lacks nothing but its marker is as it was written, and gets
+        it.
 
         The pieces may be cut differently from how they were written. Several ranks may ask for the
         same range, but not for ranges that overlap in part.
@@ -167,11 +168,11 @@ class CheckpointManager:
             pieces: over all ranks, every element of every tensor of the checkpoint.
 
         Returns:
-            The clock, or None where no checkpoint was ever completed.
+            The clock, or None where there is no checkpoint.
 
         Raises:
-            DamagedError: on every rank, if all complete checkpoints are damaged (tensors and files
-                are named); nothing is renamed. Then the pieces hold nothing of use.
+            DamagedError: on every rank, if there are checkpoints and all are damaged (tensors and
+                files are named); nothing is renamed. Then the pieces hold nothing of use.
             CheckpointError: on every rank, if the newest intact one is of another model (tensors
                 that are missing, unexpected or of another shape or dtype are listed) or of another
                 format version.

@@ -1,6 +1,5 @@
 """The ranks of a run acting as one: work on each, combine on the first, and fail together."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -71,12 +70,6 @@ class Ranks:
         if self._group is None:
             return holds_here
         return not all_max(torch.tensor(int(not holds_here)), self._group).item()
-
-    def tell(self, text: str) -> None:
-        """Write a line to the first rank's standard error; no communication."""
-        if self.rank == 0:
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
 
     def _gather(self, value: T | _Failure) -> list[T | _Failure]:
         if self.size == 1:

@@ -152,8 +152,7 @@ def inspect(
         found += error.problems
     if found:
         raise ConfigError(found)
-    passed_over = (*newest.damaged, *newest.unfinished)
-    return Launch(config, newest.path, clock, tuple(changed), tuple(overrides), passed_over)
+    return Launch(config, newest.path, clock, tuple(changed), tuple(overrides), newest.passed_over)
 
 
 def _newest(folder: Path) -> Newest:
@@ -167,9 +166,9 @@ def _newest(folder: Path) -> Newest:
     except (CheckpointError, OSError) as error:
         allowed = f"must hold checkpoints that this dsv2_train reads ({_one_line(error)})"
         raise ConfigError([Problem(str(folder), None, allowed)]) from error
-    if newest.path is None and layout.was_saved_to(folder):
+    if newest.path is None and newest.passed_over:
         allowed = "must hold an intact checkpoint; bring one back from a copy, or choose another"
-        damaged = "; ".join(map(_one_line, (*newest.damaged, *newest.unfinished)))
+        damaged = "; ".join(map(_one_line, newest.passed_over))
         raise ConfigError([Problem(str(folder), damaged, f"{allowed} run.name to train anew")])
     return newest
 

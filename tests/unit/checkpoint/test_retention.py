@@ -97,6 +97,59 @@ def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_complete(
     assert names(tmp_path) == ["step_00000030", "step_00000040"], "the next save clears the rest"
 
 
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path / "run", 10)
+    for step in (10, 20):
+        save(manager, step)
+    elsewhere = tmp_path / "large disk"
+    layout.step_folder(manager.folder, 10).rename(elsewhere)
+    layout.step_folder(manager.folder, 10).symlink_to(elsewhere)
+    prune(manager.folder, Retention(1))
+    assert names(manager.folder) == ["step_00000020"]
+    assert layout.MARKER in names(elsewhere)
+
+
+def test_whatever_is_left_behind_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".tmp_step_00000010").write_text("a file")
+    (folder / ".tmp_removed_step_00000005").symlink_to(tmp_path / "elsewhere")
+    (folder / ".tmp_step_00000020").symlink_to("nowhere")
+    save(CheckpointManager(folder, 10), 10)
+    assert names(folder) == ["step_00000010"]
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_what_cannot_be_cleared_keeps_nothing_from_being_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = [tmp_path / ".tmp_step_00000010", tmp_path / ".tmp_removed_step_00000005"]
+    for path in left:
+        path.mkdir()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    save(CheckpointManager(tmp_path, 10), 10)
+    told = capsys.readouterr().err
+    assert all(
+        f"cannot be removed: [Errno 13] Permission denied: '{path}'" in told for path in left
+    )
+    assert layout.complete_checkpoints(tmp_path) == [tmp_path / "step_00000010"]
+
+
+def test_a_name_that_is_taken_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "step_00000010").symlink_to("nowhere")
+    (tmp_path / "step_00000020").write_text("a file")
+    manager = CheckpointManager(tmp_path, 10)
+    for step in (10, 20):
+        save(manager, step)
+    assert [layout.step_of(path) for path in layout.complete_checkpoints(tmp_path)] == [10, 20]
+    assert (tmp_path / "damaged_step_00000020").read_text() == "a file"
+
+
 def interrupt(path: Path) -> None:
     (path / layout.CONFIG).unlink()
     raise KeyboardInterrupt
