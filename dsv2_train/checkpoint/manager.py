@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from dsv2_train.checkpoint.background import BackgroundSave, Finished
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.retention import KEEP_ALL, Retention
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.initialize import initialize
@@ -80,7 +80,7 @@ class CheckpointManager:
             The checkpoint's folder; it is complete and on the disk.
 
         Raises:
-            CheckpointError: on every rank, when pieces leave a gap or overlap, and when a file
+            SaveError: on every rank, when pieces leave a gap or overlap, and when a file
                 cannot be written. The newest complete checkpoint is intact.
 
         Note:
@@ -102,7 +102,7 @@ class CheckpointManager:
             config_yaml: the resolved config.
 
         Raises:
-            CheckpointError: on every rank, as by `save` for what is found before writing.
+            SaveError: on every rank, as by `save` for what is found before writing.
 
         Note:
             Collective over all ranks.
@@ -124,7 +124,7 @@ class CheckpointManager:
             The checkpoint, if it has become complete.
 
         Raises:
-            CheckpointError: on every rank at the same step, when it could not be written. The
+            SaveError: on every rank at the same step, when it could not be written. The
                 newest complete checkpoint is intact, and nothing is under way any more.
 
         Note:
@@ -150,7 +150,7 @@ class CheckpointManager:
         try:
             yield
         except CheckpointError as error:
-            raise CheckpointError(
+            raise SaveError(
                 f"the checkpoint of step {step} could not be written to {self.folder}:\n{error}"
             ) from error
 

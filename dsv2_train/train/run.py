@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from dsv2_train.checkpoint.background import Finished
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.load import to_yaml
@@ -123,7 +123,7 @@ class Run:
             finished = work()
         except CheckpointError as error:
             if not go_on:
-                raise CheckpointError(f"step {self.clock.step}: {error}\n{_STOPS}") from error
+                raise SaveError(f"step {self.clock.step}: {error}\n{_STOPS}") from error
             if self.monitor is not None:
                 told = f"step {self.clock.step}: {error}\n{_GOES_ON}"
                 self.monitor.alert("checkpoint", told)

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,8 +142,14 @@ class Newest:
     passed_over: tuple[str, ...]
 
 
-def newest_intact(folder: Path) -> Newest:
+def newest_intact(
+    folder: Path, is_read_whole: Callable[[TrainState], bool] = lambda _: False
+) -> Newest:
     """The newest checkpoint whose small files are intact, with a marker or without.
+
+    Args:
+        folder: that checkpoints are in.
+        is_read_whole: of which clocks the data files are to be intact too.
 
     Raises:
         CheckpointError: as by `open_verified`, for the first that is not damaged and cannot be
@@ -152,7 +158,9 @@ def newest_intact(folder: Path) -> Newest:
     passed_over: list[str] = []
     for path in reversed(layout.step_folders(folder)):
         try:
-            _, state = open_verified(path, need_marker=False)
+            manifest, state = open_verified(path, need_marker=False)
+            if is_read_whole(state):
+                _require_intact_data(path, manifest)
         except DamagedError as error:
             passed_over.append(str(error))
         else:
@@ -184,6 +192,12 @@ def is_data(name: str) -> bool:
 def crc_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """A line for each of the named files whose bytes are not those that were written."""
     return [line for name in names if (line := _crc_problem(path, manifest, name))]
+
+
+def _require_intact_data(path: Path, manifest: Manifest) -> None:
+    problems = crc_problems(path, manifest, filter(is_data, manifest.files))
+    if problems:
+        raise DamagedError("\n".join([f"{path}: damaged files:", *problems]))
 
 
 def _crc_problem(path: Path, manifest: Manifest, name: str) -> str | None:

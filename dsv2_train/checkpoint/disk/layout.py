@@ -34,6 +34,10 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written or used; the message names what is wrong and where."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; those that were complete are as they were."""
+
+
 class DamagedError(CheckpointError):
     """A checkpoint is not as it was written; an older one may be."""
 
