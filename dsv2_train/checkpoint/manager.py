@@ -24,6 +24,7 @@ class CheckpointManager:
     Attributes:
         folder: the run's checkpoint folder.
         every_steps: a checkpoint is due every so many steps.
+        will_retry: the last save failed, as the first one in a row: the next step is due.
         passed_over: what was wrong with newer checkpoints than the one that was restored, and
             with its marker.
 
@@ -50,6 +51,7 @@ class CheckpointManager:
         self._staging = staging
         self._retention = retention
         self._under_way: BackgroundSave | None = None
+        self.will_retry = False
         self.passed_over: tuple[str, ...] = ()
 
     @property
@@ -63,8 +65,8 @@ class CheckpointManager:
         return 0 if self._staging is None else self._staging.size_bytes
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after this step."""
-        return step > 0 and step % self.every_steps == 0
+        """Whether a checkpoint is to be written after this step: in its time, or once more."""
+        return self.will_retry or (step > 0 and step % self.every_steps == 0)
 
     def save(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> Path:
         """Write a checkpoint; nothing is gathered, every rank writes the ranges it owns.
@@ -87,8 +89,10 @@ class CheckpointManager:
             Collective over all ranks. Host memory: a few MiB, and 68 MiB if pieces are on a device.
         """
         self.wait()
-        with self._naming(state.step):
-            return save(self._ranks, self.folder, state, pieces, config_yaml, self._retention)
+        with self._attempt(state.step):
+            path = save(self._ranks, self.folder, state, pieces, config_yaml, self._retention)
+        self.will_retry = False
+        return path
 
     def begin(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> None:
         """Save what the pieces hold now, and return when it is copied: `poll` tells of the rest.
@@ -111,11 +115,13 @@ class CheckpointManager:
             self.save(state, pieces, config_yaml)
             return
         self.wait()
-        with self._naming(state.step):
-            checkpoint = begin(self._ranks, self.folder, state, pieces, config_yaml)
+        with self._attempt(state.step):
+            checkpoint = begin(
+                self._ranks, self.folder, state, pieces, config_yaml, self._retention
+            )
         if checkpoint is not None:
             staged = self._staging.copy(pieces)
-            self._under_way = BackgroundSave(self._ranks, checkpoint, staged, self._retention)
+            self._under_way = BackgroundSave(self._ranks, checkpoint, staged)
 
     def poll(self) -> Finished | None:
         """Between two steps: hear of the checkpoint that is under way, without waiting for it.
@@ -138,18 +144,21 @@ class CheckpointManager:
 
     def _settle(self, under_way: BackgroundSave, *, wait: bool) -> Finished | None:
         self._under_way = None  # unless it turns out to be
-        with self._naming(under_way.step):
+        with self._attempt(under_way.step):
             finished = under_way.wait() if wait else under_way.poll()
         if finished is None:
             self._under_way = under_way
+        else:
+            self.will_retry = False
         return finished
 
     @contextmanager
-    def _naming(self, step: int) -> Iterator[None]:
-        """Say of what is raised which checkpoint it is about."""
+    def _attempt(self, step: int) -> Iterator[None]:
+        """Say of what is raised which checkpoint it is about, and whether it is tried again."""
         try:
             yield
         except CheckpointError as error:
+            self.will_retry = not self.will_retry
             raise SaveError(
                 f"the checkpoint of step {step} could not be written to {self.folder}:\n{error}"
             ) from error

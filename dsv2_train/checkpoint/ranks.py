@@ -65,11 +65,11 @@ class Ranks:
         """Run `work` on the first rank only and return its result everywhere; collective."""
         return self.reduce(lambda: None, lambda _: work())
 
-    def all(self, holds_here: bool) -> bool:
-        """Whether something holds on every rank; collective: one all-reduce of one number."""
+    def highest(self, number: int) -> int:
+        """The highest number that a rank gives; collective: one all-reduce of one number."""
         if self._group is None:
-            return holds_here
-        return not all_max(torch.tensor(int(not holds_here)), self._group).item()
+            return number
+        return int(all_max(torch.tensor(number), self._group).item())
 
     def _gather(self, value: T | _Failure) -> list[T | _Failure]:
         if self.size == 1:

@@ -17,7 +17,11 @@ def train(run: Run) -> None:
         with run.profiler.step(run.clock.step + 1):
             result = train_step(run, point)
         run.clock = run.clock.advance(point)
-        require_finite(run.clock, result.grad_norm)
+        try:
+            require_finite(run.clock, result.grad_norm)
+        except FloatingPointError:  # on every rank
+            run.settle_checkpoint()
+            raise
         validation_loss = None
         if run.evaluation_due:
             with run.telemetry.stopwatch.evaluation():

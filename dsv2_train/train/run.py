@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from dsv2_train.checkpoint.background import Finished
-from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
+from dsv2_train.checkpoint.disk.layout import SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.load import to_yaml
@@ -31,6 +31,12 @@ _WORTH_TELLING_S = 0.1
 _STOPS = (
     "the run stops, as checkpoint.on_failure says; the same line, given again, goes on from the "
     "newest complete checkpoint, which is as it was"
+)
+_RETRIES = "it is tried again at the next step; complete checkpoints are as they were"
+_LAST = (
+    "it must be written. See to what is told above; for room: `dsv2 checkpoint prune`, a smaller "
+    "checkpoint.keep_last, and damaged_* folders, which only you remove. The same line, given "
+    "again, goes on from the newest complete checkpoint, which is as it was"
 )
 _GOES_ON = (
     "the run goes on; complete checkpoints are as they were, and the next one is tried in its time"
@@ -82,19 +88,22 @@ class Run:
     def keep_checkpoints(self) -> None:
         """After a step: hear of the checkpoint that is under way, begin the one that is due.
 
+        One that could not be written is tried again at once or, if it was to be written in the
+        step itself, after the next one, with the state of then.
+
         Raises:
-            CheckpointError: on every rank, when one could not be written and a run is to stop then.
+            SaveError: on every rank, when that fails too and a run is to stop then.
 
         Note:
             Collective over all ranks; does nothing where nothing is under way or due.
         """
-        is_due = self.checkpoints.due(self.clock.step)
-        if self.checkpoints.under_way is None and not is_due:
+        step = self.clock.step
+        if self.checkpoints.under_way is None and not self.checkpoints.due(step):
             return
         go_on = self.config.checkpoint.on_failure == "go_on"
         with self.telemetry.stopwatch.checkpoint():
             self._heed(self.checkpoints.poll, go_on)
-            if is_due:
+            if self.checkpoints.due(step):
                 self._wait(go_on)
                 self._heed(lambda: self.checkpoints.begin(*self._state()), go_on)
 
@@ -102,10 +111,21 @@ class Run:
         """Write a checkpoint of the current clock, after the one under way. Collective.
 
         Raises:
-            CheckpointError: on every rank, when the checkpoint of this clock is not complete.
+            SaveError: on every rank, when the checkpoint of this clock is not complete.
         """
         self._wait(go_on=True)
-        return self.checkpoints.save(*self._state())
+        try:
+            return self.checkpoints.save(*self._state())
+        except SaveError as error:
+            raise SaveError(f"{error}\n{_LAST}") from error
+
+    def settle_checkpoint(self) -> None:
+        """Before a run ends otherwise on every rank: see the checkpoint that is under way through.
+
+        Raises nothing for one that could not be written: what ended the run is what to tell of.
+        Collective over all ranks.
+        """
+        self._wait(go_on=True)
 
     def _wait(self, go_on: bool) -> None:
         step, start_s = self.checkpoints.under_way, time.perf_counter()
@@ -121,11 +141,13 @@ class Run:
     def _heed(self, work: Callable[[], Finished | None], go_on: bool) -> None:
         try:
             finished = work()
-        except CheckpointError as error:
-            if not go_on:
+        except SaveError as error:
+            will_retry = self.checkpoints.will_retry
+            if not will_retry and not go_on:
                 raise SaveError(f"step {self.clock.step}: {error}\n{_STOPS}") from error
             if self.monitor is not None:
-                told = f"step {self.clock.step}: {error}\n{_GOES_ON}"
+                what_now = _RETRIES if will_retry else _GOES_ON
+                told = f"step {self.clock.step}: {error}\n{what_now}"
                 self.monitor.alert("checkpoint", told)
             return
         if finished is not None:

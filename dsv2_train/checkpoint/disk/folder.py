@@ -227,6 +227,18 @@ def reading(path: Path) -> Iterator[None]:
         raise kind(f"{path.name}: cannot be read: {error.strerror}") from error
 
 
+def read_back(path: Path, entry: FileEntry) -> None:
+    """See that the disk, not the memory before it, gives back what was written and synced.
+
+    Raises:
+        CheckpointError: if it does not.
+    """
+    with reading(path), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if _crc32(path) != entry.crc32:
+            raise CheckpointError(f"{path.name}: the disk gives back other bytes than were written")
+
+
 def marker_of(manifest: bytes) -> bytes:
     """Content of the marker of a checkpoint that has this manifest."""
     return f"{hashlib.sha256(manifest).hexdigest()}\n".encode()

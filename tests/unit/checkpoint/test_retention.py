@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2_train.checkpoint.disk import folder, layout
+from dsv2_train.checkpoint.disk.layout import SaveError
 from dsv2_train.checkpoint.disk.retention import Retention, prune, to_remove
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.distributed.sharding import Piece
+from tests.helpers.faults import no_space
 
 PIECES = [Piece("weight/a", (6,), 0, torch.arange(6.0))]
 STATE = TrainState(1, 2, 128, 1)
@@ -69,6 +71,14 @@ def test_a_save_removes_what_is_not_kept(tmp_path: Path, behind: bool) -> None:
         manager.begin(replace(STATE, step=step), PIECES, "")
         manager.wait()
     assert names(tmp_path) == ["step_00000030", "step_00000050", "step_00000060"]
+
+
+def test_a_smaller_retention_makes_room_before_the_save(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(CheckpointManager(tmp_path, 10), step)
+    with no_space(tmp_path), pytest.raises(SaveError):
+        save(CheckpointManager(tmp_path, 10, retention=Retention(1)), 40)
+    assert names(tmp_path) == ["step_00000030"]
 
 
 def test_damaged_and_unfinished_ones_are_no_business_of_it(tmp_path: Path) -> None:
@@ -166,5 +176,6 @@ def test_what_cannot_be_removed_is_told_and_the_save_is_good(
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
     save(manager, 20)
-    assert "step_00000020 is complete, but an older one could not be" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "step_00000010: no longer needed, but it could not be removed: [Errno 13]" in told
     assert layout.complete_checkpoints(tmp_path) == [tmp_path / "step_00000020"]
