@@ -2,7 +2,7 @@
 
 A thread of each rank works on files and never communicates; the ranks talk between two steps, from
 the thread that trains. So no collective of a checkpoint can meet one of a training step. First all
-ranks write their pieces, then the first rank publishes the checkpoint.
+ranks write their pieces and read them back, then the first rank publishes the checkpoint.
 """
 
 import time
@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dsv2_train.checkpoint.disk.folder import read_back
 from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.disk.retention import Retention
 from dsv2_train.checkpoint.ranks import Ranks
 from dsv2_train.checkpoint.save import Checkpoint, Written, discard, publish, write
 from dsv2_train.distributed.sharding import Piece
+
+_DONE, _AT_WORK, _FAILED = range(3)  # the highest of all ranks decides
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,24 @@ class BackgroundSave:
         ranks: all ranks of the run.
         checkpoint: begun.
         pieces: what this rank writes; must not change until the end.
-        retention: which checkpoints are kept when this one is complete.
     """
 
-    def __init__(
-        self, ranks: Ranks, checkpoint: Checkpoint, pieces: Sequence[Piece], retention: Retention
-    ) -> None:
+    def __init__(self, ranks: Ranks, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
         self.step = checkpoint.state.step
         self._checkpoint = checkpoint
-        self._retention = retention
+        self._pieces = pieces
         self._ranks = ranks
+        self._is_wanted = True
         self._start_s = time.perf_counter()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing = self._thread.submit(write, checkpoint, ranks.rank, pieces)
+        self._writing = self._thread.submit(self._write)
         self._is_written = False
         self._publishing: Future[Path] | None = None
 
     def poll(self) -> Finished | None:
         """Go on as far as no rank has to wait; what was finished, None while it is under way.
+
+        When a rank could not write, the others are waited for, and end with the piece they are at.
 
         Raises:
             CheckpointError: on every rank, when a file could not be written. No thread is at work
@@ -66,8 +69,9 @@ class BackgroundSave:
         Note:
             Collective over all ranks: one all-reduce of one number, twice a checkpoint more.
         """
-        is_idle = (self._publishing or self._writing).done()
-        return self._go_on() if self._ranks.all(is_idle) else None
+        slowest = self._ranks.highest(_progress(self._publishing or self._writing))
+        self._is_wanted = slowest != _FAILED
+        return None if slowest == _AT_WORK else self._go_on()
 
     def wait(self) -> Finished:
         """Go on to the end; raises as `poll` does. Collective over all ranks."""
@@ -87,9 +91,21 @@ class BackgroundSave:
             raise
         return Finished(path, self.step, time.perf_counter() - self._start_s)
 
+    def _write(self) -> Written:
+        written = write(self._checkpoint, self._ranks.rank, self._pieces, lambda: self._is_wanted)
+        if self._is_wanted:
+            read_back(self._checkpoint.temporary / written.file, written.entry)
+        return written
+
     def _start_publishing(self, written: list[Written]) -> None:
-        self._publishing = self._thread.submit(publish, self._checkpoint, written, self._retention)
+        self._publishing = self._thread.submit(publish, self._checkpoint, written)
 
     def _published(self) -> Path:
         assert self._publishing is not None
         return self._publishing.result()
+
+
+def _progress(work: Future[Any]) -> int:
+    if not work.done():
+        return _AT_WORK
+    return _FAILED if work.exception() is not None else _DONE

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from dsv2_train.checkpoint.background import BackgroundSave, Finished
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.retention import KEEP_ALL, Retention
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.initialize import initialize
@@ -24,7 +24,9 @@ class CheckpointManager:
     Attributes:
         folder: the run's checkpoint folder.
         every_steps: a checkpoint is due every so many steps.
-        passed_over: what was wrong with newer checkpoints than the one that was restored.
+        will_retry: the last save failed, as the first one in a row: the next step is due.
+        passed_over: what was wrong with newer checkpoints than the one that was restored, and
+            with its marker.
 
     Args:
         folder: the run's checkpoint folder; made by the first save.
@@ -49,6 +51,7 @@ class CheckpointManager:
         self._staging = staging
         self._retention = retention
         self._under_way: BackgroundSave | None = None
+        self.will_retry = False
         self.passed_over: tuple[str, ...] = ()
 
     @property
@@ -62,8 +65,8 @@ class CheckpointManager:
         return 0 if self._staging is None else self._staging.size_bytes
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after this step."""
-        return step > 0 and step % self.every_steps == 0
+        """Whether a checkpoint is to be written after this step: in its time, or once more."""
+        return self.will_retry or (step > 0 and step % self.every_steps == 0)
 
     def save(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> Path:
         """Write a checkpoint; nothing is gathered, every rank writes the ranges it owns.
@@ -79,15 +82,17 @@ class CheckpointManager:
             The checkpoint's folder; it is complete and on the disk.
 
         Raises:
-            CheckpointError: on every rank, when pieces leave a gap or overlap, and when a file
+            SaveError: on every rank, when pieces leave a gap or overlap, and when a file
                 cannot be written. The newest complete checkpoint is intact.
 
         Note:
             Collective over all ranks. Host memory: a few MiB, and 68 MiB if pieces are on a device.
         """
         self.wait()
-        with self._naming(state.step):
-            return save(self._ranks, self.folder, state, pieces, config_yaml, self._retention)
+        with self._attempt(state.step):
+            path = save(self._ranks, self.folder, state, pieces, config_yaml, self._retention)
+        self.will_retry = False
+        return path
 
     def begin(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> None:
         """Save what the pieces hold now, and return when it is copied: `poll` tells of the rest.
@@ -101,7 +106,7 @@ class CheckpointManager:
             config_yaml: the resolved config.
 
         Raises:
-            CheckpointError: on every rank, as by `save` for what is found before writing.
+            SaveError: on every rank, as by `save` for what is found before writing.
 
         Note:
             Collective over all ranks.
@@ -110,11 +115,13 @@ class CheckpointManager:
             self.save(state, pieces, config_yaml)
             return
         self.wait()
-        with self._naming(state.step):
-            checkpoint = begin(self._ranks, self.folder, state, pieces, config_yaml)
+        with self._attempt(state.step):
+            checkpoint = begin(
+                self._ranks, self.folder, state, pieces, config_yaml, self._retention
+            )
         if checkpoint is not None:
             staged = self._staging.copy(pieces)
-            self._under_way = BackgroundSave(self._ranks, checkpoint, staged, self._retention)
+            self._under_way = BackgroundSave(self._ranks, checkpoint, staged)
 
     def poll(self) -> Finished | None:
         """Between two steps: hear of the checkpoint that is under way, without waiting for it.
@@ -123,7 +130,7 @@ class CheckpointManager:
             The checkpoint, if it has become complete.
 
         Raises:
-            CheckpointError: on every rank at the same step, when it could not be written. The
+            SaveError: on every rank at the same step, when it could not be written. The
                 newest complete checkpoint is intact, and nothing is under way any more.
 
         Note:
@@ -137,19 +144,22 @@ class CheckpointManager:
 
     def _settle(self, under_way: BackgroundSave, *, wait: bool) -> Finished | None:
         self._under_way = None  # unless it turns out to be
-        with self._naming(under_way.step):
+        with self._attempt(under_way.step):
             finished = under_way.wait() if wait else under_way.poll()
         if finished is None:
             self._under_way = under_way
+        else:
+            self.will_retry = False
         return finished
 
     @contextmanager
-    def _naming(self, step: int) -> Iterator[None]:
-        """Say of what is raised which checkpoint it is about."""
+    def _attempt(self, step: int) -> Iterator[None]:
+        """Say of what is raised which checkpoint it is about, and whether it is tried again."""
         try:
             yield
         except CheckpointError as error:
-            raise CheckpointError(
+            self.will_retry = not self.will_retry
+            raise SaveError(
                 f"the checkpoint of step {step} could not be written to {self.folder}:\n{error}"
             ) from error
 
@@ -158,9 +168,9 @@ class CheckpointManager:
     ) -> TrainState | None:
         """Fill pieces from the newest checkpoint that is as it was written.
 
-        Each newer one that is damaged, or was not written to the end, is told of on the first
-        rank's standard error and in `passed_over`, and renamed, so that its step can be written
-        again.
+        Each newer one that is damaged is told of in `passed_over`, and renamed, so that its step
+        can be written again. One that lacks nothing but its marker is as it was written, and gets
+        it.
 
         The pieces may be cut differently from how they were written. Several ranks may ask for the
         same range, but not for ranges that overlap in part.
@@ -172,12 +182,12 @@ class CheckpointManager:
                 way.
 
         Returns:
-            The clock, or None where no checkpoint was ever completed, or none of so early a step is
-            there; then nothing is renamed.
+            The clock, or None where there is no checkpoint, or none of so early a step; then
+            nothing is renamed.
 
         Raises:
-            DamagedError: on every rank, if all complete checkpoints are damaged (tensors and files
-                are named); nothing is renamed. Then the pieces hold nothing of use.
+            DamagedError: on every rank, if there are checkpoints and all are damaged (tensors and
+                files are named); nothing is renamed. Then the pieces hold nothing of use.
             CheckpointError: on every rank, if the newest intact one is of another model (tensors
                 that are missing, unexpected or of another shape or dtype are listed) or of another
                 format version.

@@ -1,6 +1,5 @@
 """The ranks of a run acting as one: work on each, combine on the first, and fail together."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -68,17 +67,11 @@ class Ranks:
         """Run `work` on the first rank only and return its result everywhere; collective."""
         return self.reduce(lambda: None, lambda _: work())
 
-    def all(self, holds_here: bool) -> bool:
-        """Whether something holds on every rank; collective: one all-reduce of one number."""
+    def highest(self, number: int) -> int:
+        """The highest number that a rank gives; collective: one all-reduce of one number."""
         if self._group is None:
-            return holds_here
-        return not all_max(torch.tensor(int(not holds_here)), self._group).item()
-
-    def tell(self, text: str) -> None:
-        """Write a line to the first rank's standard error; no communication."""
-        if self.rank == 0:
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+            return number
+        return int(all_max(torch.tensor(number), self._group).item())
 
     def _gather(self, value: T | _Failure) -> list[T | _Failure]:
         if self.size == 1:

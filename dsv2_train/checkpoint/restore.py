@@ -30,6 +30,7 @@ class Restored:
     Attributes:
         state: the clock.
         passed_over: what is wrong with each newer checkpoint, and where it is now; newest first.
+            Then, that this one had no marker, if so.
     """
 
     state: TrainState
@@ -48,8 +49,7 @@ def restore(
         at_most_step: of which step it may be at most; any, if None.
 
     Returns:
-        The clock, or None where no checkpoint was ever completed, or none of so early a step is
-        there.
+        The clock, or None where there is no checkpoint, or none of so early a step.
 
     Raises:
         DamagedError: on every rank, if there are checkpoints and all are damaged.
@@ -70,32 +70,41 @@ def restore(
         try:
             state = _restore_from(ranks, path, pieces)
         except DamagedError as error:
-            ranks.tell(f"CHECKPOINT PASSED OVER  {error}")
             passed_over[path] = str(error)
         else:
-            aside = partial(_set_aside, passed_over, later, path)
-            return Restored(state, ranks.first(aside))
-    if ranks.first(lambda: layout.was_saved_to(folder)):
+            take = partial(_take, path, passed_over, later)
+            return Restored(state, ranks.first(take))
+    if paths:
         heading = f"{folder}: no checkpoint of this run is intact:"
         raise DamagedError("\n".join([heading, *passed_over.values(), _NONE_LEFT]))
     return None
 
 
-def _set_aside(
-    passed_over: Mapping[Path, str], later: Sequence[Path], used: Path
-) -> tuple[str, ...]:
-    """Make room for the same steps to be written again."""
+def _take(used: Path, passed_over: Mapping[Path, str], later: Sequence[Path]) -> tuple[str, ...]:
+    """Make room for the steps of the others to be written again, and see that this one is marked.
+
+    Returns:
+        What people must hear of.
+    """
     for path in reversed(later):  # the newest first: whenever this ends, no history has a gap
         folders.set_back(path)
-    return tuple(
+    told = [
         f"{text}\nthe run goes on from {used} instead; the other is kept as "
         f"{folders.set_aside(path).name}"
         for path, text in passed_over.items()
-    )
+    ]
+    if not layout.is_complete(used):
+        folders.mark(used)
+        told.append(
+            f"{used}: had no {layout.MARKER}: its save was cut off just before the end, or the "
+            "file was lost. Every byte is as it was written: it is complete now, and the run goes "
+            "on from it"
+        )
+    return tuple(told)
 
 
 def _restore_from(ranks: Ranks, path: Path, pieces: Sequence[Piece]) -> TrainState:
-    manifest, state = ranks.first(lambda: folders.open_verified(path))
+    manifest, state = ranks.first(lambda: folders.open_verified(path, need_marker=False))
     ranks.reduce(lambda: ranges_of(pieces), lambda ranges: compare(manifest, ranges))
 
     def load() -> list[tuple[Range, int]]:

@@ -1,9 +1,9 @@
 """Write a run's state so that it is there entirely or not at all."""
 
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from dsv2_train.checkpoint.dcp.coverage import Range, check_coverage, ranges_of
@@ -27,11 +27,13 @@ class Checkpoint:
         temporary: the folder that it is written into.
         state: the clock.
         config_yaml: the resolved config.
+        retention: which checkpoints are kept when this one is complete.
     """
 
     temporary: Path
     state: TrainState
     config_yaml: str
+    retention: Retention
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ def save(
     Note:
         Collective over all ranks.
     """
-    checkpoint = begin(ranks, folder, state, pieces, config_yaml)
+    checkpoint = begin(ranks, folder, state, pieces, config_yaml, retention)
     if checkpoint is None:
         return layout.step_folder(folder, state.step)
     try:
         return ranks.reduce(
             lambda: write(checkpoint, ranks.rank, pieces),
-            lambda written: publish(checkpoint, written, retention),
+            lambda written: publish(checkpoint, written),
         )
     except CheckpointError:
         discard(ranks, checkpoint)
@@ -82,9 +84,16 @@ def save(
 
 
 def begin(
-    ranks: Ranks, folder: Path, state: TrainState, pieces: Sequence[Piece], config_yaml: str
+    ranks: Ranks,
+    folder: Path,
+    state: TrainState,
+    pieces: Sequence[Piece],
+    config_yaml: str,
+    retention: Retention,
 ) -> Checkpoint | None:
     """Make the temporary folder of a checkpoint; None if its step is there, complete.
+
+    What an earlier retention kept is removed now, so that a smaller one makes room on a full disk.
 
     Raises:
         CheckpointError: on every rank, when pieces leave a gap or overlap, or there is no folder.
@@ -97,23 +106,31 @@ def begin(
         if layout.is_complete(layout.step_folder(folder, state.step)):
             return None
         check_coverage(part for of_rank in ranges for part in of_rank)
+        prune(folder, retention)
         return folders.start(folder, state.step)
 
     temporary = ranks.reduce(lambda: ranges_of(pieces), prepare)
-    return None if temporary is None else Checkpoint(temporary, state, config_yaml)
+    return None if temporary is None else Checkpoint(temporary, state, config_yaml, retention)
 
 
-def write(checkpoint: Checkpoint, rank: int, pieces: Sequence[Piece]) -> Written:
-    """Write a rank's pieces into the temporary folder, on the disk when it returns; local."""
+def write(
+    checkpoint: Checkpoint,
+    rank: int,
+    pieces: Sequence[Piece],
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> Written:
+    """Write a rank's pieces into the temporary folder, on the disk when it returns; local.
+
+    `is_wanted` is asked before each piece; when it denies, the rest is left out.
+    """
     file = layout.data_file(rank)
-    entry, places = write_pieces(checkpoint.temporary / file, pieces)
-    return Written(file, entry, list(zip(ranges_of(pieces), places, strict=True)))
+    wanted = takewhile(lambda _: is_wanted(), pieces)
+    entry, places = write_pieces(checkpoint.temporary / file, wanted)
+    return Written(file, entry, list(zip(ranges_of(pieces), places, strict=False)))
 
 
-def publish(checkpoint: Checkpoint, written: Sequence[Written], retention: Retention) -> Path:
+def publish(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
     """Make the checkpoint of what all ranks wrote, and remove older ones that are not kept.
-
-    One that cannot be removed is told of on standard error: the new checkpoint is complete.
 
     Note:
         On the first rank, without communication.
@@ -127,10 +144,7 @@ def publish(checkpoint: Checkpoint, written: Sequence[Written], retention: Reten
     files = {rank.file: rank.entry for rank in written}
     manifest = Manifest(checkpoint.state.step, tensor_entries(places), files)
     path = folders.publish(checkpoint.temporary, manifest, contents)
-    try:
-        prune(path.parent, retention)
-    except OSError as error:
-        sys.stderr.write(f"{path} is complete, but an older one could not be removed: {error}\n")
+    prune(path.parent, checkpoint.retention)
     return path
 
 

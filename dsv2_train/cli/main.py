@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -50,8 +51,11 @@ def report_errors(run: Callable[[], int]) -> int:
     """Call `run` and turn what ends it early into an exit status and a line for people.
 
     A ConfigError, DataError or CheckpointError is printed without a traceback; any other error
-    keeps its traceback.
+    keeps its traceback. Characters that the terminal does not have are escaped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return run()
     except (ConfigError, DataError, CheckpointError) as error:

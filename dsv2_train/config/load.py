@@ -21,6 +21,9 @@ from dsv2_train.config.sections.model import ModelConfig
 
 M = TypeVar("M", bound=BaseModel)
 
+# A ValueError is told of for text that is not UTF-8 and for numbers and dates that are none.
+_NOT_YAML = (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
+
 
 def check(values: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
     """Check plain values: unknown keys at any depth, types, ranges, sections that disagree.
@@ -61,7 +64,7 @@ def read_values(path: Path) -> dict[str, Any]:
     """
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except _NOT_YAML as error:
         reason = " ".join(str(error).split())
         raise ConfigError([Problem(str(path), None, f"must be a YAML file ({reason})")]) from error
     if not isinstance(values, dict):

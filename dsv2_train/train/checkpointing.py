@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsv2_train.checkpoint.background import Finished
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.config.load import to_yaml
 from dsv2_train.distributed import activity
@@ -19,6 +19,12 @@ _STOPS = (
     "the run stops, as checkpoint.on_failure says; the same line, given again, goes on from the "
     "newest complete checkpoint, which is as it was"
 )
+_RETRIES = "it is tried again at the next step; complete checkpoints are as they were"
+_LAST = (
+    "it must be written. See to what is told above; for room: `dsv2 checkpoint prune`, a smaller "
+    "checkpoint.keep_last, and damaged_* folders, which only you remove. The same line, given "
+    "again, goes on from the newest complete checkpoint, which is as it was"
+)
 _GOES_ON = (
     "the run goes on; complete checkpoints are as they were, and the next one is tried in its time"
 )
@@ -27,19 +33,22 @@ _GOES_ON = (
 def after_step(run: Run) -> None:
     """Hear of the checkpoint that is under way, begin the one that is due.
 
+    One that could not be written is tried again at once or, if it was to be written in the step
+    itself, after the next one, with the state of then.
+
     Raises:
-        CheckpointError: on every rank, when one could not be written and a run is to stop then.
+        SaveError: on every rank, when that fails too and a run is to stop then.
 
     Note:
         Collective over all ranks; does nothing where nothing is under way or due.
     """
-    is_due = run.checkpoints.due(run.clock.step)
-    if run.checkpoints.under_way is None and not is_due:
+    step = run.clock.step
+    if run.checkpoints.under_way is None and not run.checkpoints.due(step):
         return
     go_on = run.config.checkpoint.on_failure == "go_on"
     with activity.phase(Phase.CHECKPOINT), run.telemetry.stopwatch.checkpoint():
         _apply_failure_policy(run, run.checkpoints.poll, go_on)
-        if is_due:
+        if run.checkpoints.due(step):
             finish(run, go_on)
             _apply_failure_policy(run, lambda: run.checkpoints.begin(*_state(run)), go_on)
 
@@ -48,18 +57,21 @@ def final_save(run: Run) -> Path:
     """Write a checkpoint of the current clock, after the one under way. Collective.
 
     Raises:
-        CheckpointError: on every rank, when the checkpoint of this clock is not complete.
+        SaveError: on every rank, when the checkpoint of this clock is not complete.
     """
     with activity.phase(Phase.CHECKPOINT):
         finish(run, go_on=True)
-        return run.checkpoints.save(*_state(run))
+        try:
+            return run.checkpoints.save(*_state(run))
+        except SaveError as error:
+            raise SaveError(f"{error}\n{_LAST}") from error
 
 
 def finish(run: Run, go_on: bool) -> None:
     """Wait for the checkpoint that is under way, if one is. Collective.
 
     Raises:
-        CheckpointError: on every rank, when it could not be written and the run is not to go on.
+        SaveError: on every rank, when it could not be written and the run is not to go on.
     """
     step, start_s = run.checkpoints.under_way, time.perf_counter()
     if step is None:
@@ -75,11 +87,13 @@ def finish(run: Run, go_on: bool) -> None:
 def _apply_failure_policy(run: Run, work: Callable[[], Finished | None], go_on: bool) -> None:
     try:
         finished = work()
-    except CheckpointError as error:
-        if not go_on:
-            raise CheckpointError(f"step {run.clock.step}: {error}\n{_STOPS}") from error
+    except SaveError as error:
+        will_retry = run.checkpoints.will_retry
+        if not will_retry and not go_on:
+            raise SaveError(f"step {run.clock.step}: {error}\n{_STOPS}") from error
         if run.monitor is not None:
-            told = f"step {run.clock.step}: {error}\n{_GOES_ON}"
+            what_now = _RETRIES if will_retry else _GOES_ON
+            told = f"step {run.clock.step}: {error}\n{what_now}"
             run.monitor.alert("checkpoint", told)
         return
     if finished is not None:

@@ -1,22 +1,27 @@
 """Disks that fail during a save: all ranks hear of it at one step, and nothing is lost."""
 
 import threading
+import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dsv2_train.checkpoint import background
+from dsv2_train.checkpoint.dcp import write
 from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed.sharding import Piece
+from dsv2_train.recipe.clock import Clock
 from dsv2_train.train import loop
 from tests.helpers.corpus import synthetic_folder
 from tests.helpers.faults import (
@@ -97,6 +102,71 @@ def slow_write(rank: int, folder: Path) -> list[bool]:
         return [*heard, manager.wait() is not None]
 
 
+def slow_pieces(rank: int, folder: Path) -> tuple[str, float]:
+    """The first rank cannot write; the second one would for 40 s. What is heard, and when."""
+    shape = (2 * SMALL,)
+    pieces = [Piece(f"weight/{i}", shape, rank * SMALL, torch.ones(SMALL)) for i in range(400)]
+    manager = CheckpointManager(folder, 1, staging=Staging(pieces))
+    write_piece = write._write_piece
+
+    def slow(file: Any, piece: Piece) -> Any:
+        time.sleep(0.1)
+        return write_piece(file, piece)
+
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as faults:
+        if rank == 0:
+            faults.enter_context(no_space(folder))
+        else:
+            patch.setattr(write, "_write_piece", slow)
+        start_s = time.monotonic()
+        manager.begin(state_of(1), pieces, "a: 1\n")
+        try:
+            while manager.poll() is None:
+                time.sleep(0.05)
+        except SaveError as error:
+            return str(error), time.monotonic() - start_s
+    return "saved", 0.0
+
+
+def test_a_failure_is_heard_while_others_write(world: World, tmp_path: Path) -> None:
+    heard = world.run(slow_pieces, 2, tmp_path)
+    assert heard[0][0] == heard[1][0]
+    assert "rank 0: OSError: [Errno 28]" in heard[0][0]
+    assert max(elapsed_s for _, elapsed_s in heard) < 20, "not the 40 s of the others"
+    assert list(tmp_path.iterdir()) == []
+
+
+def nothing_finite(rank: int, config: RunConfig) -> str:
+    """A run whose third step is none; the checkpoint of the second is under way."""
+    run = open_run(rank, config)
+    write_all = background.write
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1.0)
+        return write_all(*args)
+
+    def refuse(clock: Clock, _: torch.Tensor) -> None:
+        if clock.step == 3:
+            raise FloatingPointError("step 3")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "write", slow)
+        patch.setattr(loop, "require_finite", refuse)
+        try:
+            loop.train(run)
+        except FloatingPointError as error:
+            return str(error)
+        finally:
+            close_run(run)
+    return "trained"
+
+
+def test_a_guard_costs_no_checkpoint_that_is_under_way(world: World, tmp_path: Path) -> None:
+    config = config_of(tmp_path, 2, "stop", True)
+    assert world.run(nothing_finite, 2, config) == ["step 3"] * 2
+    assert steps_saved(config) == [2]
+
+
 def test_nobody_waits_for_a_rank_that_is_slow(world: World, tmp_path: Path) -> None:
     assert world.run(slow_write, 2, tmp_path) == [[False, False, False, True]] * 2
 
@@ -154,8 +224,10 @@ class Ended:
     state: list[Owned]
 
 
-def train(rank: int, config: RunConfig, faulty_step: int, failing: int) -> Ended:
-    """Train; from the given step on, until its checkpoint was tried, one rank cannot write."""
+def train(
+    rank: int, config: RunConfig, faulty_step: int, failing: int, lasting: bool = False
+) -> Ended:
+    """Train; from the given step on, for one attempt or all of them, one rank cannot write."""
     run = open_run(rank, config)
     alerts: list[str] = []
     if run.monitor is not None:
@@ -165,10 +237,11 @@ def train(rank: int, config: RunConfig, faulty_step: int, failing: int) -> Ended
         def begin() -> None:
             if rank == failing and run.clock.step == faulty_step - 1:
                 faults.enter_context(no_space(config.run.folder))
-            if run.clock.step == faulty_step:
+            if run.clock.step >= faulty_step:
                 if run.checkpoints._under_way is not None:
                     run.checkpoints._under_way._writing.exception()  # it has met the fault
-                faults.close()
+                if not lasting:
+                    faults.close()
 
         before_step(run, begin)
         error = ""
@@ -208,8 +281,8 @@ def test_a_run_goes_on(world: World, tmp_path: Path, size: int, asynchronous: bo
     [alert] = ended[0].alerts
     heard_at = 5 if asynchronous else 4
     assert alert.startswith(f"step {heard_at}: the checkpoint of step 4 could not be written")
-    assert "the run goes on" in alert
-    assert steps_saved(config) == [2, 6]
+    assert "it is tried again at the next step" in alert
+    assert steps_saved(config) == [2, 5, 6]
     undisturbed = config_of(tmp_path / "undisturbed", size, "go_on", asynchronous)
     expected = world.run(train, size, undisturbed, 100, 0)
     assert add_up([each.state for each in ended]) == add_up([each.state for each in expected])
@@ -220,11 +293,13 @@ def test_a_run_goes_on(world: World, tmp_path: Path, size: int, asynchronous: bo
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_run_stops(world: World, tmp_path: Path, size: int, asynchronous: bool) -> None:
     config = config_of(tmp_path, size, "stop", asynchronous)
-    ended = world.run(train, size, config, 4, size - 1)
-    step = 5 if asynchronous else 4
+    ended = world.run(train, size, config, 4, size - 1, True)
+    step = 6 if asynchronous else 5
     assert [each.step for each in ended] == [step] * size, "all ranks, at the same step"
+    [alert] = ended[0].alerts
+    assert "the checkpoint of step 4 could not be written" in alert, "and was tried again"
     for each in ended:
-        assert each.error.startswith(f"step {step}: the checkpoint of step 4 could not be written")
+        assert each.error.startswith(f"step {step}: the checkpoint of step 5 could not be written")
         assert each.error.endswith("the newest complete checkpoint, which is as it was")
     assert steps_saved(config) == [2]
     again = world.run(train, size, config, 100, 0)
@@ -237,4 +312,6 @@ def test_the_last_checkpoint_must_be_written(world: World, tmp_path: Path, size:
     for each in world.run(train, size, config, 6, size - 1):
         assert each.step == 6
         assert "the checkpoint of step 6 could not be written" in each.error
+        assert "for room: `dsv2 checkpoint prune`" in each.error
+        assert each.error.endswith("the newest complete checkpoint, which is as it was")
     assert steps_saved(config) == [2, 4]

@@ -8,6 +8,7 @@ import pytest
 from dsv2_train.checkpoint.disk.folder import newest_intact
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.manifest import read_manifest
+from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.train import setup
 from dsv2_train.train.loop import train
 from tests.helpers.corpus import synthetic_folder
@@ -78,6 +79,22 @@ def test_skipping_from_here_on_equals_skipping_from_the_start(world: World, tmp_
     assert state.skip_list == ((26, 38),)
     assert state.consumed_samples == 6 * 8
     assert state.corpus == read_manifest(data).splits["train"].bin.sha256
+
+
+def _train_as(rank: int, config: RunConfig, run_id: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "wandb_run_id", run_id)
+        run = open_run(rank, config)
+        train(run)
+        close_run(run)
+
+
+def test_the_wandb_run_is_state(world: World, tmp_path: Path) -> None:
+    config = run_config(tmp_path, synthetic_folder(tmp_path / "data"), "parallel.world_size=1")
+    world.run(_train_as, 1, config, "a1b2")
+    state = newest_intact(config.run.checkpoint_folder).state
+    assert state is not None
+    assert state.wandb_run_id == "a1b2"
 
 
 def _told_totals(rank: int, config: RunConfig) -> tuple[int, int, int]:

@@ -24,7 +24,10 @@ def blank_weights(config: RunConfig, dtype: torch.dtype) -> list[Piece]:
 
 
 def save_weights(
-    config: RunConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    config: RunConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    corpus: str | None = None,
 ) -> tuple[Path, list[Piece]]:
     """A checkpoint of step 5 in the run folder, with one tensor that is no weight."""
     generator = torch.Generator().manual_seed(seed)
@@ -33,7 +36,8 @@ def save_weights(
         piece.data.normal_(generator=generator)
     other = Piece("exp_avg/x", (3,), 0, torch.ones(3))
     manager = CheckpointManager(config.run.checkpoint_folder, every_steps=1)
-    return manager.save(TrainState(5, 40, 960, 5), [*weights, other], to_yaml(config)), weights
+    state = TrainState(5, 40, 960, 5, corpus=corpus)
+    return manager.save(state, [*weights, other], to_yaml(config)), weights
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +18,25 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 from dsv2_train.checkpoint.disk.manifest import FileEntry, Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.disk.target import sync
+from dsv2_train.checkpoint.disk.target import sync, sync_parents
 
 _READ_BYTES = 4 << 20
 
 
 def start(folder: Path, step: int) -> Path:
-    """Make an empty temporary folder for a step; what was left behind unfinished is removed."""
+    """Make an empty temporary folder for a step; what was left behind unfinished is removed.
+
+    What of that cannot be removed is told of on standard error and stays.
+    """
     for leftover in layout.leftovers(folder):
-        _delete(leftover)
+        try:
+            _delete(leftover)
+        except OSError as error:
+            sys.stderr.write(f"left behind by a save, and cannot be removed: {error}\n")
     temporary = layout.temporary_folder(folder, step)
     temporary.mkdir(parents=True)
+    if not layout.step_folders(folder):  # the folders above may be as new
+        sync_parents(temporary)
     return temporary
 
 
@@ -57,7 +66,7 @@ def publish(temporary: Path, manifest: Manifest, contents: Mapping[str, bytes]) 
     _write(temporary / layout.MANIFEST, text)
     sync(temporary)
     final = layout.step_folder(temporary.parent, manifest.step)
-    if final.exists():
+    if os.path.lexists(final):
         set_aside(final)
     temporary.rename(final)
     sync(final.parent)
@@ -66,19 +75,35 @@ def publish(temporary: Path, manifest: Manifest, contents: Mapping[str, bytes]) 
     return final
 
 
-def open_verified(path: Path) -> tuple[Manifest, TrainState]:
-    """Read a complete checkpoint's manifest and clock.
+def mark(path: Path) -> None:
+    """Make a checkpoint complete that has no marker and is, to the last byte, as it was written.
+
+    Its save was cut off between the rename of its folder and the end, or its marker was lost.
+    """
+    marker = path / layout.MARKER
+    marker.unlink(missing_ok=True)  # an empty one
+    _write(marker, marker_of(_read(path / layout.MANIFEST)))
+    sync(path)
+
+
+def open_verified(path: Path, *, need_marker: bool = True) -> tuple[Manifest, TrainState]:
+    """Read a checkpoint's manifest and clock.
 
     Verified against each other are the marker, the manifest, the small files and the lengths of
     the data files; what is in the data files is verified by who reads it.
+
+    Args:
+        path: a checkpoint.
+        need_marker: whether one without a marker is damaged; who takes it must read all of it.
 
     Raises:
         DamagedError: for anything that is not as it was written, by name of file.
         CheckpointError: for one of another format version, or that may not be read.
     """
-    marker = _read(path / layout.MARKER)
+    has_marker = need_marker or layout.is_complete(path)
+    marker = _read(path / layout.MARKER) if has_marker else None
     text = _read(path / layout.MANIFEST)
-    if marker != marker_of(text):
+    if marker is not None and marker != marker_of(text):
         raise DamagedError(
             f"{path}: {layout.MANIFEST} and {layout.MARKER} do not belong together: one is damaged"
         )
@@ -109,33 +134,38 @@ class Newest:
     Attributes:
         path: its folder; None without one.
         state: its clock; None without one.
-        damaged: what is wrong with the newer ones that are complete, newest first.
-        unfinished: what is wrong with the newer ones that are not.
+        passed_over: what is wrong with the newer ones, newest first.
     """
 
     path: Path | None
     state: TrainState | None
-    damaged: tuple[str, ...]
-    unfinished: tuple[str, ...]
+    passed_over: tuple[str, ...]
 
 
-def newest_intact(folder: Path) -> Newest:
-    """The newest checkpoint whose small files are intact; no tensor is read.
+def newest_intact(
+    folder: Path, is_read_whole: Callable[[TrainState], bool] = lambda _: False
+) -> Newest:
+    """The newest checkpoint whose small files are intact, with a marker or without.
+
+    Args:
+        folder: that checkpoints are in.
+        is_read_whole: of which clocks the data files are to be intact too.
 
     Raises:
         CheckpointError: as by `open_verified`, for the first that is not damaged and cannot be
             used.
     """
-    damaged: list[str] = []
-    unfinished: list[str] = []
+    passed_over: list[str] = []
     for path in reversed(layout.step_folders(folder)):
         try:
-            _, state = open_verified(path)
+            manifest, state = open_verified(path, need_marker=False)
+            if is_read_whole(state):
+                _require_intact_data(path, manifest)
         except DamagedError as error:
-            (damaged if layout.is_complete(path) else unfinished).append(str(error))
+            passed_over.append(str(error))
         else:
-            return Newest(path, state, tuple(damaged), tuple(unfinished))
-    return Newest(None, None, tuple(damaged), tuple(unfinished))
+            return Newest(path, state, tuple(passed_over))
+    return Newest(None, None, tuple(passed_over))
 
 
 def set_aside(path: Path) -> Path:
@@ -151,8 +181,6 @@ def set_back(path: Path) -> Path:
 def remove(path: Path) -> None:
     """Remove a checkpoint; whenever this is interrupted, nothing that looks complete is left."""
     doomed = layout.removed_folder(path)
-    if doomed.exists():
-        _delete(doomed)
     path.rename(doomed)
     sync(path.parent)
     _delete(doomed)
@@ -166,6 +194,12 @@ def is_data(name: str) -> bool:
 def crc_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """A line for each of the named files whose bytes are not those that were written."""
     return [line for name in names if (line := _crc_problem(path, manifest, name))]
+
+
+def _require_intact_data(path: Path, manifest: Manifest) -> None:
+    problems = crc_problems(path, manifest, filter(is_data, manifest.files))
+    if problems:
+        raise DamagedError("\n".join([f"{path}: damaged files:", *problems]))
 
 
 def _crc_problem(path: Path, manifest: Manifest, name: str) -> str | None:
@@ -193,6 +227,18 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         kind = DamagedError if error.errno == errno.EIO else CheckpointError
         raise kind(f"{path.name}: cannot be read: {error.strerror}") from error
+
+
+def read_back(path: Path, entry: FileEntry) -> None:
+    """See that the disk, not the memory before it, gives back what was written and synced.
+
+    Raises:
+        CheckpointError: if it does not.
+    """
+    with reading(path), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if _crc32(path) != entry.crc32:
+            raise CheckpointError(f"{path.name}: the disk gives back other bytes than were written")
 
 
 def marker_of(manifest: bytes) -> bytes:
@@ -237,8 +283,12 @@ def _read(path: Path) -> bytes:
 
 
 def _delete(path: Path) -> None:
+    """Delete a folder with what is in it, or a file; of a link, not what it leads to."""
     with suppress(FileNotFoundError):  # somebody else deletes it too
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _write(path: Path, data: bytes) -> FileEntry:

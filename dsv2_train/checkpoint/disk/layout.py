@@ -14,6 +14,7 @@ checkpoints/
   rolled_back_step_.../   one that a run went back behind, moved aside; the same
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -35,6 +36,10 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written or used; the message names what is wrong and where."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; those that were complete are as they were."""
+
+
 class DamagedError(CheckpointError):
     """A checkpoint is not as it was written; an older one may be."""
 
@@ -45,23 +50,23 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def temporary_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is while it is written."""
-    return folder / f"{_TEMPORARY}step_{step:08d}"
+    """Where the checkpoint of a step is while it is written: a name that is free."""
+    return _free(folder / f"{_TEMPORARY}step_{step:08d}")
 
 
 def removed_folder(path: Path) -> Path:
-    """Where a checkpoint is while it is removed."""
-    return path.with_name(f"{_TEMPORARY}removed_{path.name}")
+    """Where a checkpoint is while it is removed: a name that is free."""
+    return _free(path.with_name(f"{_TEMPORARY}removed_{path.name}"))
 
 
 def damaged_folder(path: Path) -> Path:
     """Where a damaged checkpoint is moved to: a name that is free."""
-    return _aside(path, _DAMAGED)
+    return _free(path.with_name(f"{_DAMAGED}{path.name}"))
 
 
 def rolled_back_folder(path: Path) -> Path:
     """Where a checkpoint is moved to that a run goes back behind: a name that is free."""
-    return _aside(path, _ROLLED_BACK)
+    return _free(path.with_name(f"{_ROLLED_BACK}{path.name}"))
 
 
 def data_file(rank: int) -> str:
@@ -76,8 +81,9 @@ def step_of(path: Path) -> int | None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a checkpoint folder was written to the end."""
-    return step_of(path) is not None and (path / MARKER).is_file()
+    """Whether a checkpoint folder was written to the end; an empty marker is none."""
+    marker = path / MARKER
+    return step_of(path) is not None and marker.is_file() and marker.stat().st_size > 0
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -98,14 +104,8 @@ def latest_complete(folder: Path) -> Path | None:
     return next(reversed(complete_checkpoints(folder)), None)
 
 
-def was_saved_to(folder: Path) -> bool:
-    """Whether a save was completed here once; a first one that is cut off may leave one folder."""
-    paths = step_folders(folder)
-    return len(paths) > 1 or any(map(is_complete, paths))
-
-
 def leftovers(folder: Path) -> list[Path]:
-    """Temporary folders that no save or removal has finished."""
+    """What saves and removals have not finished."""
     return sorted(folder.glob(f"{_TEMPORARY}*step_*"))
 
 
@@ -140,10 +140,10 @@ def checkpoint_at(path: Path) -> Path:
     return found
 
 
-def _aside(path: Path, kind: str) -> Path:
-    number = 1
-    aside = path.with_name(f"{kind}{path.name}")
-    while aside.exists():
+def _free(path: Path) -> Path:
+    """The path, or the first with a number behind it where nothing is, not even a broken link."""
+    number, free = 1, path
+    while os.path.lexists(free):
         number += 1
-        aside = path.with_name(f"{kind}{path.name}_{number}")
-    return aside
+        free = path.with_name(f"{path.name}_{number}")
+    return free

@@ -1,13 +1,29 @@
 """What a checkpoint contains: every tensor, every file, and checksums of both."""
 
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 
 _FORMAT_VERSION = 1
+_ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+_MOST_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, and see that its tensors fit into its files.
 
         Raises:
             DamagedError: for text that is no manifest.
@@ -93,25 +109,20 @@ class Manifest:
         """
         try:
             values = json.loads(text)
-            version = values["format_version"]
+            version = _count(values["format_version"])
             if version != _FORMAT_VERSION:
                 raise CheckpointError(
-                    f"manifest: format_version: found {version!r}; this dsv2_train reads "
+                    f"manifest: format_version: found {version}; this dsv2_train reads "
                     f"{_FORMAT_VERSION}; take the dsv2_train that wrote it, or another run.name"
                 )
-            files = {
-                name: FileEntry(entry["size_bytes"], int(entry["crc32"], 16))
-                for name, entry in values["files"].items()
-            }
-            tensors = {key: _tensor_entry(entry) for key, entry in values["tensors"].items()}
-            step = values["step"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(f"manifest: cannot be read: {error!r}") from error
-        used = {chunk.file for entry in tensors.values() for chunk in entry.chunks}
-        foreign = sorted((used - files.keys()) | {name for name in files if "/" in name})
-        if foreign:
-            raise DamagedError(f"manifest: {foreign[0]!r} is no file of this checkpoint")
-        return cls(step, tensors, files)
+            files = {_name(name): _file_entry(entry) for name, entry in values["files"].items()}
+            tensors = {_name(key): _tensor_entry(one) for key, one in values["tensors"].items()}
+            manifest = cls(_count(values["step"]), tensors, files)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedError(f"manifest: cannot be read: {error!r:.200}") from error
+        for problem in _problems(manifest):
+            raise DamagedError(f"manifest: {problem}")
+        return manifest
 
 
 def _tensor_values(entry: TensorEntry) -> dict[str, Any]:
@@ -123,10 +134,73 @@ def _tensor_values(entry: TensorEntry) -> dict[str, Any]:
     }
 
 
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """What keeps the tensors of a manifest from being in its files, each element once.
+
+    The first is the one to tell: those behind it need not be true, or can be told.
+    """
+    for name in manifest.files:
+        if "/" in name or name in (".", ".."):
+            yield f"{name!r} is no file of this checkpoint"
+    used_bytes: Counter[str] = Counter()
+    for key, entry in manifest.tensors.items():
+        for problem in _tensor_problems(entry, manifest.files):
+            yield f"{key}: {problem}"
+        for chunk in entry.chunks:
+            used_bytes[chunk.file] += chunk.numel * _ITEM_BYTES[entry.dtype]
+    for name, num_bytes in used_bytes.items():
+        if num_bytes > manifest.files[name].size_bytes:
+            yield f"{name}: is shorter than the tensors in it"
+
+
+def _tensor_problems(entry: TensorEntry, files: Mapping[str, FileEntry]) -> Iterator[str]:
+    if entry.dtype not in _ITEM_BYTES:
+        yield f"dtype: found {entry.dtype!r}; must be one of {', '.join(_ITEM_BYTES)}"
+    covered = 0
+    for chunk in entry.chunks:
+        if chunk.file not in files:
+            yield f"{chunk.file!r} is no file of this checkpoint"
+        end = chunk.byte_offset + chunk.numel * _ITEM_BYTES[entry.dtype]
+        if end > files[chunk.file].size_bytes:
+            yield f"ends at byte {end}, behind the end of {chunk.file}"
+        if chunk.offset != covered or chunk.numel == 0:
+            yield f"found {chunk.numel} elements at {chunk.offset}; must be some at {covered}"
+        covered += chunk.numel
+    if covered != math.prod(entry.shape):
+        yield f"found {covered} elements for shape {entry.shape}"
+
+
+def _file_entry(values: dict[str, Any]) -> FileEntry:
+    return FileEntry(_count(values["size_bytes"]), _hexadecimal(values["crc32"], 8))
+
+
 def _tensor_entry(values: dict[str, Any]) -> TensorEntry:
-    chunks = tuple(Chunk(*chunk) for chunk in values["chunks"])
-    checksum = int(values["checksum"], 16)
-    return TensorEntry(tuple(values["shape"]), values["dtype"], checksum, chunks)
+    shape = tuple(map(_count, values["shape"]))
+    if len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"found {len(shape)} dimensions; must be at most {_MOST_DIMENSIONS}")
+    chunks = tuple(
+        Chunk(_count(offset), _count(numel), _name(file), _count(byte_offset))
+        for offset, numel, file, byte_offset in values["chunks"]
+    )
+    return TensorEntry(shape, _name(values["dtype"]), _hexadecimal(values["checksum"], 16), chunks)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"found {value!r:.50}; must be a whole number, at least 0")
+    return value
+
+
+def _hexadecimal(value: str, num_digits: int) -> int:
+    if not re.fullmatch(rf"[0-9a-f]{{{num_digits}}}", value):
+        raise ValueError(f"found {value!r:.50}; must be {num_digits} hexadecimal digits")
+    return int(value, 16)
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not value or not value.isascii() or not value.isprintable():
+        raise ValueError(f"found {value!r:.50}; must be a name in ASCII")
+    return value
 
 
 def _lines(entries: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Which checkpoints of a run are kept."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,13 @@ def superseded(folder: Path, retention: Retention) -> list[Path]:
 def prune(folder: Path, retention: Retention) -> None:
     """Remove what is not kept; of damaged or unfinished checkpoints, nothing.
 
-    Raises:
-        OSError: if one cannot be removed; whatever looks complete is complete.
+    One that cannot be removed is told of on standard error; whatever looks complete is complete.
 
     Note:
         Local; for one process at a time.
     """
     for path in superseded(folder, retention):
-        remove(path)
+        try:
+            remove(path)
+        except OSError as error:
+            sys.stderr.write(f"{path}: no longer needed, but it could not be removed: {error}\n")

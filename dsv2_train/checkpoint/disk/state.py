@@ -9,6 +9,7 @@ from typing import Any
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 
 _SCHEMA_VERSION = 1
+_TOO_MANY = 1 << 62  # sums of two still are int64
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class TrainState:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"state: not JSON: {error}") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"state: found {type(values).__name__}; allowed: an object")
@@ -98,12 +99,12 @@ def _problems(values: dict[str, Any]) -> list[str]:
             continue
         belongs, allowed = _KINDS.get(name, (_is_count, "an integer >= 0"))
         if not belongs(values[name]):
-            problems.append(f"{name}: found {values[name]!r}; allowed: {allowed}")
+            problems.append(f"{name}: found {values[name]!r:.100}; allowed: {allowed}")
     return sorted(problems)
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < _TOO_MANY
 
 
 def _is_text_or_none(value: object) -> bool:

@@ -35,7 +35,8 @@ def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         for path in [*written.iterdir(), written]:
             sync(path)
         written = written.rename(target)
-        sync(target.parent)
+        for path in [target, *new_parents]:
+            sync(path.parent)
     except BaseException as error:
         shutil.rmtree(written, ignore_errors=True)
         for parent in new_parents:
@@ -54,6 +55,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_parents(path: Path) -> None:
+    """Wait until the names of a path and of the folders above are on the disk.
+
+    A folder that this user may not write in has no new names, nor have those above it.
+    """
+    for parent in Path(os.path.abspath(path)).parents:
+        if not os.access(parent, os.R_OK | os.W_OK):
+            break
+        sync(parent)
 
 
 def _require_free(target: Path) -> None:

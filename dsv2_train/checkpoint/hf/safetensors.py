@@ -107,6 +107,8 @@ def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     start, end = entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise ValueError(f"{name}: shape {shape} and data_offsets [{start}, {end}]")
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name}: dtype {dtype!r}")
     if dtype in ITEM_BYTES and end - start != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"{name}: {end - start} bytes for shape {shape} of {dtype}")
     return StoredTensor(name, shape, dtype, path, data + start)

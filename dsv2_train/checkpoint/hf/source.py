@@ -37,6 +37,7 @@ class Source:
         dtype: element type of all weights, as torch names it.
         facts: what config.json tells besides.
         data_folder: what the run was trained on; None for weights that were imported.
+        corpus: SHA-256 of the token stream in it at that time; None where it is not known.
         companions: the files that came with imported weights, by name.
     """
 
@@ -46,6 +47,7 @@ class Source:
     dtype: str
     facts: Facts
     data_folder: Path | None
+    corpus: str | None
     companions: dict[str, bytes]
 
     def cuts(self) -> list[Cut]:
@@ -72,7 +74,7 @@ def open_source(path: Path) -> Source:
 
 
 def _open(path: Path) -> Source:
-    manifest, _ = open_verified(path)
+    manifest, state = open_verified(path)
     values = read_values(path / layout.CONFIG)
     model, problems = check_model(values.get("model"))
     if problems:
@@ -82,7 +84,7 @@ def _open(path: Path) -> Source:
         _, facts = model_of(json.loads((path / CONFIG).read_bytes()), path / CONFIG)
         found = [name for name in COMPANIONS if name in manifest.files]
         companions = {name: (path / name).read_bytes() for name in found}
-        return Source(path, manifest, model, dtype, facts, None, companions)
+        return Source(path, manifest, model, dtype, facts, None, None, companions)
     config, problems = check(values)
     if problems:
         raise ConfigError(problems)
@@ -93,7 +95,8 @@ def _open(path: Path) -> Source:
         device_balance_alpha=recipe.device_balance_alpha,
         communication_balance_alpha=recipe.communication_balance_alpha,
     )
-    return Source(path, manifest, model, dtype, facts, Path(config.data.path), {})
+    data_folder = Path(config.data.path)
+    return Source(path, manifest, model, dtype, facts, data_folder, state.corpus, {})
 
 
 def _dtype_of_weights(path: Path, manifest: Manifest, model: ModelConfig) -> str:

@@ -1,5 +1,6 @@
 """Which checkpoints a path on the command line means, and how they are told of."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
@@ -37,8 +38,12 @@ def everything(folder: Path) -> list[Path]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    """Bytes of the files in a folder, of a file its own; what a run removes meanwhile has none."""
+    with suppress(FileNotFoundError):
+        if path.is_dir():
+            return sum(map(size_of, path.iterdir()))
+        return path.lstat().st_size
+    return 0
 
 
 def human(num_bytes: float) -> str:

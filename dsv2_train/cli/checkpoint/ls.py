@@ -11,6 +11,7 @@ from dsv2_train.cli.checkpoint.folders import everything, folder_of_run, human, 
 from dsv2_train.config.load import read_values
 from dsv2_train.config.problems import ConfigError
 
+_UNMARKED = f"complete but for {layout.MARKER}; a run takes it if its tensors are as written"
 _COLUMNS = ("checkpoint", "step", "tokens", "size", "written", "layout", "state")
 
 
@@ -18,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` reads."""
     parser.description = (
         "List the checkpoints of a run, and what else is there: unfinished ones and damaged ones "
-        "that were moved aside. Reads small files only; `dsv2 checkpoint verify` reads everything."
+        "that were moved aside. Reads small files only; `dsv2 checkpoint verify` reads everything. "
+        "What a run beside it removes meanwhile is not listed."
     )
     parser.add_argument("run_folder", type=Path, help="a run folder, or its checkpoints folder")
 
@@ -30,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         CheckpointError: where there is none.
     """
     folder = folder_of_run(arguments.run_folder)
-    rows = [_COLUMNS, *map(_row, everything(folder))]
+    rows = [_COLUMNS, *filter(None, map(_row, everything(folder)))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = zip(row, widths, _COLUMNS, strict=True)
@@ -42,8 +44,8 @@ def _aligned(text: str, width: int, column: str) -> str:
     return text.rjust(width) if column in ("step", "tokens", "size") else text.ljust(width)
 
 
-def _row(path: Path) -> tuple[str, ...]:
-    written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
+def _row(path: Path) -> tuple[str, ...] | None:
+    """What is in each column; None if the checkpoint is gone by now."""
     step, tokens, placed, state = "", "", "", "left by a save or a removal, or one is at work"
     if path.name.startswith("damaged_"):
         state = "damaged or unfinished, moved aside"
@@ -51,19 +53,24 @@ def _row(path: Path) -> tuple[str, ...]:
         state = "the run went back behind it, moved aside"
     elif layout.step_of(path) is not None:
         step, tokens, placed, state = _contents(path)
-    return path.name, step, tokens, human(size_of(path)), written, placed, state
+    size = human(size_of(path))
+    try:
+        written = datetime.fromtimestamp(path.lstat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
+    except FileNotFoundError:
+        return None
+    return path.name, step, tokens, size, written, placed, state
 
 
 def _contents(path: Path) -> tuple[str, str, str, str]:
     step = f"{layout.step_of(path):,}"
     try:
-        _, clock = open_verified(path)
+        _, clock = open_verified(path, need_marker=False)
         placed = _layout_of(path / layout.CONFIG)
     except (CheckpointError, ConfigError) as error:
-        what = "damaged" if layout.is_complete(path) else "unfinished"
         reason = " ".join(str(error).removeprefix(f"{path}: ").split())
-        return step, "", "", f"{what}: {reason}"
-    return step, f"{clock.consumed_tokens:,}", placed, "complete"
+        return step, "", "", f"damaged: {reason}"
+    state = "complete" if layout.is_complete(path) else _UNMARKED
+    return step, f"{clock.consumed_tokens:,}", placed, state
 
 
 def _layout_of(config: Path) -> str:

@@ -35,17 +35,20 @@ def run(arguments: argparse.Namespace) -> int:
     if paths:
         _require_intact(layout.complete_checkpoints(folder)[-1])
     word = "would be removed" if arguments.dry_run else "removed"
-    freed = 0
+    count = freed = 0
     for path in paths:
         size = size_of(path)
         if not arguments.dry_run:
             try:
                 remove(path)
+            except FileNotFoundError:
+                continue  # the run beside it has removed it
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from error
         print(f"{path}: {word}, {human(size)}")
         freed += size
-    print(f"{len(paths)} checkpoints {word}, {human(freed)}")
+        count += 1
+    print(f"{count} checkpoints {word}, {human(freed)}")
     return 0
 
 

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` reads."""
     parser.description = (
         "Read every file and every tensor and hold them against the manifest. Needs no GPU and a "
-        "few MiB of memory. Exit status: 0 all as written, 1 damaged or unfinished, 2 nothing to "
-        "verify."
+        "few MiB of memory. What a run beside it removes meanwhile does not count. Exit status: 0 "
+        "all as written, 1 damaged or without marker, 2 nothing to verify."
     )
     parser.add_argument("path", type=Path, help="a checkpoint, or a run folder (all of its)")
 
@@ -29,14 +29,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify, and tell of each checkpoint what is wrong with it.
 
     Raises:
-        CheckpointError: where there is no complete checkpoint.
+        CheckpointError: where there is no checkpoint.
     """
     paths = [arguments.path]
     if layout.step_of(arguments.path) is None:
         folder = folder_of_run(arguments.path)
         paths = layout.step_folders(folder)
-        if not any(map(layout.is_complete, paths)):
-            raise CheckpointError(f"{folder}: holds no complete checkpoint")
+        if not paths:
+            raise CheckpointError(f"{folder}: holds no checkpoint of a step")
     elif not arguments.path.is_dir():
         raise CheckpointError(f"{arguments.path}: no such folder")
     are_intact = [_is_intact(path) for path in paths]
@@ -45,10 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _is_intact(path: Path) -> bool:
     try:
-        manifest, _ = open_verified(path)
+        manifest, _ = open_verified(path, need_marker=False)
     except DamagedError as error:
-        what = "DAMAGED" if layout.is_complete(path) else "UNFINISHED"
-        print(f"{path}: {what}\n  {str(error).removeprefix(f'{path}: ')}", flush=True)
+        if not path.exists():
+            return _is_gone(path)
+        print(f"{path}: DAMAGED\n  {str(error).removeprefix(f'{path}: ')}", flush=True)
         return False
     tensors = manifest.tensors
     total = 2 * sum(file.size_bytes for file in manifest.files.values())
@@ -59,7 +60,16 @@ def _is_intact(path: Path) -> bool:
         if time.monotonic() - told_s > _PROGRESS_S:
             told_s = time.monotonic()
             print(f"{path}: {human(done)} of {human(total)} read", file=sys.stderr, flush=True)
+    if not path.exists():
+        return _is_gone(path)
+    if not layout.is_complete(path):
+        problems.append(f"{layout.MARKER}: missing")
     counts = f"{len(manifest.files)} files, {len(tensors)} tensors, {human(total / 2)}"
     lines = [f"{path}: {'DAMAGED' if problems else 'as written'} ({counts})"]
     print("\n".join([*lines, *(f"  - {problem}" for problem in problems)]), flush=True)
     return not problems
+
+
+def _is_gone(path: Path) -> bool:
+    print(f"{path}: removed meanwhile", flush=True)
+    return True

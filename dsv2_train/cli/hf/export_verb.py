@@ -9,7 +9,7 @@ from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.checkpoint.hf.export import as_json, export
 from dsv2_train.checkpoint.hf.mapping.config import Facts
 from dsv2_train.checkpoint.hf.source import Source, open_source
-from dsv2_train.data.manifest import DataError
+from dsv2_train.data.manifest import DataError, read_manifest
 from dsv2_train.data.tokenizer import hugging_face_files
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -62,6 +62,8 @@ def _with_companions(
     folder = data_folder or source.data_folder
     assert folder is not None
     try:
+        if data_folder is None:
+            _require_same_corpus(source, folder)
         facts, files = _tokenizer(source, folder)
     except DataError as error:
         if data_folder is not None:
@@ -70,6 +72,16 @@ def _with_companions(
     ids = {"bos_token_id": facts.bos_id, "eos_token_id": facts.eos_id}
     files["generation_config.json"] = as_json(ids)
     return replace(source, facts=facts), files, f"tokenizer of {folder}"
+
+
+def _require_same_corpus(source: Source, folder: Path) -> None:
+    """See that a data folder was not prepared anew, with another tokenizer, since the training."""
+    now = read_manifest(folder).splits["train"].bin.sha256
+    if source.corpus not in (None, now):
+        raise DataError(
+            f"{folder}: the model was trained on a train.bin with SHA-256 {source.corpus:.16}..., "
+            f"and this one has {now[:16]}...: its tokenizer may be another"
+        )
 
 
 def _tokenizer(source: Source, folder: Path) -> tuple[Facts, dict[str, bytes]]:

@@ -21,7 +21,8 @@ examples:
   launch/local.sh -m experiment=quickstart optim.lr=1e-3,3e-3 recipe.num_steps=100
 
 A run that was stopped goes on from its newest checkpoint when the same line is given again.
-Exit status: 0 done or stopped cleanly, 2 for a configuration error, 1 otherwise."""
+Exit status: 0 done or stopped cleanly, 2 for a configuration, data or checkpoints that cannot be
+used, 1 otherwise."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

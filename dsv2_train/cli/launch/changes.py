@@ -1,6 +1,6 @@
 """What a resumed run may change: every changed key is told, some are refused with the reason."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,24 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     ]
 
 
-def refused(found: list[Change], config: RunConfig) -> list[Problem]:
+def is_told(path: str, value: object, problems: Sequence[Problem]) -> bool:
+    """Whether a field is not there because it, or what is around or in it, has a problem."""
+    return value is None and any(
+        _is_in(path, problem.path) or _is_in(problem.path, path) for problem in problems
+    )
+
+
+def refused(found: Sequence[Change], config: RunConfig) -> Iterator[Problem]:
     """The changes that would make a resumed run another run.
 
     Args:
         found: what differs from the configuration of its checkpoint.
         config: what it is to do now.
     """
-    return [
-        Problem(change.path, change.now, why)
-        for change in found
-        if (why := _why_refused(change, config)) is not None
-    ]
+    for change in found:
+        why = _why_refused(change, config)
+        if why is not None:
+            yield Problem(change.path, change.now, why)
 
 
 def other_samples(state: TrainState, config: RunConfig) -> Iterator[Problem]:

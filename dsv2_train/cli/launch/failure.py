@@ -8,11 +8,10 @@ from pathlib import Path
 
 _TRACEBACK_LINES = 15
 # Errors whose message says where, what and what to do: a traceback would only hide it.
+_REFUSALS = ("ConfigError", "DataError", "CheckpointError", "DamagedError")
 _PLAIN_ERRORS = (
-    "ConfigError",
-    "DataError",
-    "CheckpointError",
-    "DamagedError",
+    *_REFUSALS,
+    "SaveError",
     "FloatingPointError",
     "PreflightError",
     "ReplicaError",
@@ -41,8 +40,8 @@ class RankError:
 
     @property
     def is_config_error(self) -> bool:
-        """True if the rank refused the configuration."""
-        return self.kind == "ConfigError"
+        """True if the rank refused the configuration, its data or its checkpoints."""
+        return self.kind in _REFUSALS
 
 
 def first_error(log_dir: Path) -> RankError | None:

@@ -4,16 +4,20 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.folder import Newest, newest_intact
 from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
+from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.cli.launch.begin_from import can_begin_from
 from dsv2_train.cli.launch.changes import (
     Change,
     changes,
+    is_told,
     other_samples,
     refused,
     with_skip_list,
@@ -23,6 +27,8 @@ from dsv2_train.cli.launch.place import fits
 from dsv2_train.config.load import read_values, to_yaml
 from dsv2_train.config.problems import Check, ConfigError, Problem, passing_over_absent
 from dsv2_train.config.run import RunConfig
+from dsv2_train.config.section import Absent
+from dsv2_train.data.manifest import DataError
 from dsv2_train.recipe.clock import Clock, Schedule
 
 
@@ -58,7 +64,7 @@ class Launch:
 
     @property
     def is_finished(self) -> bool:
-        """True if the newest checkpoint is at the recipe's end."""
+        """True if the newest checkpoint is at the recipe's end, and intact to the last byte."""
         return self.schedule.is_done(self.clock)
 
     @property
@@ -90,7 +96,7 @@ class Launch:
                     f"  train longer: recipe.num_steps={2 * total}; train anew: run.name=another",
                 ]
             )
-        begins = "begins" if self.checkpoint is None else f"goes on after step {done}"
+        begins = "begins" if self.checkpoint is None else f"goes on, newest checkpoint step {done}"
         weights = self.config.checkpoint.init_from
         if self.checkpoint is None and weights is not None:
             begins += f" with the weights of {checkpoint_at(Path(weights))}"
@@ -112,7 +118,7 @@ class Launch:
         text = to_yaml(self.config)
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.read_text() != text:
+            if path.exists() and path.read_bytes() != text.encode():
                 path.rename(numbered(self.folder / "logs", "config_", ".yaml"))
             temporary = path.with_suffix(".tmp")
             temporary.write_text(text)
@@ -145,45 +151,69 @@ def inspect(
             what a saved run means.
     """
     found = list(problems)
-    for check in machines:
+    for check in (*machines, _can_be_written):
         found += passing_over_absent(check, config)
-    unwritable = list(passing_over_absent(_can_be_written, config))
-    if problems or unwritable:
-        raise ConfigError([*found, *unwritable])
-    clock, changed = Clock(), list[Change]()
+    newest, clock, changed = Newest(None, None, ()), Clock(), list[Change]()
     try:
-        newest = _newest(config.run.checkpoint_folder)
+        with suppress(Absent):
+            newest = _newest(config, is_sound=not problems)
         if newest.path is not None and newest.state is not None:
-            clock = Clock(newest.state.step, newest.state.consumed_samples)
-            found += other_samples(newest.state, config)
-            config = with_skip_list(config, newest.state)
+            clock = _clock_of(newest.state)
+            found += _other_samples(newest.state, config, problems)
+            with suppress(Absent):
+                config = with_skip_list(config, newest.state)
             before = read_values(newest.path / layout.CONFIG)
-            changed = changes(before, config.model_dump(mode="json"))
-            found += refused(changed, config)
+            now = config.model_dump(mode="json")
+            changed = [
+                one for one in changes(before, now) if not is_told(one.path, one.now, problems)
+            ]
+            found += passing_over_absent(partial(refused, changed), config)
         else:
-            found += passing_over_absent(can_begin_from, config)
+            wrong = passing_over_absent(can_begin_from, config)
+            found += [one for one in wrong if not is_told(one.path, one.found, problems)]
     except ConfigError as error:
         found += error.problems
     if found:
         raise ConfigError(found)
-    passed_over = (*newest.damaged, *newest.unfinished)
-    return Launch(config, newest.path, clock, tuple(changed), tuple(command), passed_over)
+    return Launch(config, newest.path, clock, tuple(changed), tuple(command), newest.passed_over)
 
 
-def _newest(folder: Path) -> Newest:
+def _other_samples(
+    state: TrainState, config: RunConfig, problems: Sequence[Problem]
+) -> list[Problem]:
+    try:
+        return list(passing_over_absent(partial(other_samples, state), config))
+    except DataError:
+        if problems:
+            return []  # one of them says so
+        raise
+
+
+def _clock_of(state: TrainState) -> Clock:
+    return Clock(state.step, state.consumed_samples)
+
+
+def _newest(config: RunConfig, *, is_sound: bool) -> Newest:
     """The checkpoint to go on from, as far as it can be told without reading tensors.
+
+    One at the recipe's end is the last word of the run: its tensors are read.
 
     Raises:
         ConfigError: if there are checkpoints and none can be used.
     """
+
+    def is_end(state: TrainState) -> bool:
+        return is_sound and Schedule(config.recipe, config.optim).is_done(_clock_of(state))
+
+    folder = config.run.checkpoint_folder
     try:
-        newest = newest_intact(folder)
+        newest = newest_intact(folder, is_end)
     except (CheckpointError, OSError) as error:
         allowed = f"must hold checkpoints that this dsv2_train reads ({_one_line(error)})"
         raise ConfigError([Problem(str(folder), None, allowed)]) from error
-    if newest.path is None and layout.was_saved_to(folder):
+    if newest.path is None and newest.passed_over:
         allowed = "must hold an intact checkpoint; bring one back from a copy, or choose another"
-        damaged = "; ".join(map(_one_line, (*newest.damaged, *newest.unfinished)))
+        damaged = "; ".join(map(_one_line, newest.passed_over))
         raise ConfigError([Problem(str(folder), damaged, f"{allowed} run.name to train anew")])
     return newest
 

@@ -12,13 +12,14 @@ class CheckpointConfig(Section):
 
     `asynchronous`: training goes on when the state is copied to host memory, which takes as much
     of it on every rank as the rank's checkpoint is large.
-    `on_failure`: what a checkpoint that cannot be written does to a run; it can `stop` at the next
-    step, or tell and `go_on`, with another attempt at the next checkpoint. That of the end must be
+    `on_failure`: what a checkpoint that cannot be written, nor once more at the next step, does to
+    a run; it can `stop`, or tell and `go_on` to the next checkpoint. That of the end must be
     written.
     `init_from`: a checkpoint, or a run that has one, whose weights a run begins with; clock and
     optimizer are new. A run that has a checkpoint of its own goes on from that.
-    `keep_last`: when a checkpoint is complete, older ones than the newest so many are removed; null
-    keeps all. `keep_every_steps`: except those whose step is a multiple of it.
+    `keep_last`: when a checkpoint is complete, older ones than the newest so many are removed, and
+    before a save those that an earlier value kept; null keeps all. `keep_every_steps`: except those
+    whose step is a multiple of it.
     """
 
     every_steps: PositiveInt

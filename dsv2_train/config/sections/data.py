@@ -2,11 +2,12 @@
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 
 from dsv2_train.config.section import Section
 
-SampleRange = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
+SampleId = Annotated[int, Field(ge=0, lt=1 << 62)]  # sums of two still are int64
+SampleRange = Annotated[tuple[SampleId, SampleId], Field(strict=False)]
 
 
 class DataConfig(Section):

@@ -7,6 +7,7 @@ import numpy as np
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.data.sampler import SkipList, joined, samples_at
 from dsv2_train.recipe.clock import Clock, Point
+from dsv2_train.train.checkpointing import finish
 from dsv2_train.train.guards.incident import Incident, as_text, gather, tell
 from dsv2_train.train.guards.rule import Verdict, judge
 from dsv2_train.train.resume import roll_back
@@ -66,6 +67,7 @@ def act_on(run: Run, point: Point, result: StepResult, verdict: Verdict) -> None
     record = {**incident.to_record(), **decided, "guard": vars(run.guard)}
     tell(run, incident.step, "bad numbers", told, record)
     if action == "stop":
+        finish(run, go_on=True)  # what is under way is of a good step
         raise FloatingPointError(told)
 
 

@@ -1,6 +1,7 @@
 """A checkpoint written behind training is the blocking one, of the moment it was begun."""
 
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dsv2_train.checkpoint.background import Finished
+from dsv2_train.checkpoint.dcp import write
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
@@ -140,6 +142,46 @@ def test_too_little_memory_is_told_at_the_start() -> None:
     huge = Piece("weight/a", (1 << 60,), 0, torch.zeros(1).expand(1 << 60))
     with pytest.raises(CheckpointError, match="needs 4,611,686,018,427,387,904 bytes of host mem"):
         Staging([huge])
+
+
+def test_what_the_disk_gives_back_is_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all = write._write_all
+
+    def another(descriptor: int, data: bytearray) -> None:
+        write_all(descriptor, bytes([data[0] ^ 1, *data[1:100], *data[100:]]))
+
+    manager = manager_of(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_all", another)
+        manager.begin(STATE, pieces_of({"weight/a": torch.ones(9)}), CONFIG)
+        with pytest.raises(SaveError, match=r"__0_0\.distcp: the disk gives back other bytes than"):
+            manager.wait()
+    assert list(tmp_path.iterdir()) == []
+    manager.begin(STATE, pieces_of({"weight/a": torch.ones(9)}), CONFIG)
+    assert manager.wait() is not None
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_failed_save_is_due_once_more(tmp_path: Path, asynchronous: bool) -> None:
+    values = pieces_of({"weight/a": torch.ones(99)})
+    staging = Staging(values) if asynchronous else None
+    manager = CheckpointManager(tmp_path, 10, staging=staging)
+
+    def attempt(step: int) -> list[bool]:
+        """Whether the next steps are due after a save."""
+        with suppress(SaveError):
+            manager.begin(replace(STATE, step=step), values, CONFIG)
+            manager.wait()
+        return [manager.due(step) for step in (11, 20)]
+
+    with no_space(tmp_path):
+        assert [attempt(step) for step in (10, 11, 12, 13)] == [[True, True], [False, True]] * 2
+        assert attempt(10) == [True, True]
+    assert attempt(11) == [False, True]
+    with no_space(tmp_path):
+        assert attempt(20) == [True, True], "after one that is good, the next is the first again"
 
 
 def test_a_failure_is_heard_at_the_next_poll_and_the_next_save_succeeds(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ def make(folder: Path, name: str, complete: bool) -> Path:
     path = folder / name
     path.mkdir(parents=True)
     if complete:
-        (path / layout.MARKER).touch()
+        (path / layout.MARKER).write_text("digest")
     return path
 
 
@@ -31,6 +31,7 @@ def test_only_complete_ones_count_and_the_highest_step_wins(tmp_path: Path) -> N
     second = make(tmp_path, "step_00000200", complete=True)
     first = make(tmp_path, "step_00000100", complete=True)
     make(tmp_path, "step_00000300", complete=False)
+    (make(tmp_path, "step_00000350", complete=False) / layout.MARKER).touch()
     make(tmp_path, ".tmp_step_00000400", complete=True)
     make(tmp_path, "step_00000500.old", complete=True)
     make(tmp_path, "step_600", complete=True)

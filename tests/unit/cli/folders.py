@@ -1,5 +1,6 @@
 """Folders that look like what `dsv2 prepare` and a run leave, without their content."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import folder as folders
@@ -41,11 +42,12 @@ def write_data_folder(folder: Path, vocab_size: int) -> None:
     write_manifest(folder, Manifest("test", {}, tokenizer, splits, {}))
 
 
-def write_checkpoint(config: RunConfig, step: int) -> Path:
+def write_checkpoint(config: RunConfig, step: int, data: Mapping[str, bytes] | None = None) -> Path:
     """A run folder's complete checkpoint of a run from its beginning, without tensors."""
     schedule = Schedule(config.recipe, config.optim)
     clock = schedule.clock_at_step(step)
     state = TrainState(step, clock.consumed_samples, schedule.consumed_tokens(clock), step)
     contents = {layout.CONFIG: to_yaml(config).encode(), layout.STATE: state.to_json().encode()}
+    contents |= data or {}
     temporary = folders.start(config.run.checkpoint_folder, step)
     return folders.publish(temporary, manifests.Manifest(step, {}, {}), contents)

@@ -24,7 +24,7 @@ def changed(*overrides: str) -> list[Change]:
 
 
 def problems_of(*overrides: str) -> list[Problem]:
-    return refused(changed(*overrides), tiny_config(BEFORE, *overrides))
+    return list(refused(changed(*overrides), tiny_config(BEFORE, *overrides)))
 
 
 def test_equal_configurations_have_no_changes() -> None:
@@ -99,13 +99,13 @@ def test_another_batch_needs_a_budget_in_tokens(override: str) -> None:
 
 def test_what_a_run_began_with_may_be_left_out_and_no_other() -> None:
     began = Change("checkpoint.init_from", "a", None)
-    assert refused([began], tiny_config()) == []
+    assert list(refused([began], tiny_config())) == []
     [problem] = refused([Change("checkpoint.init_from", "a", "b")], tiny_config())
     assert problem.allowed.startswith("must be a or null")
 
 
 def test_a_refusal_is_no_prefix_match_on_names() -> None:
-    assert refused([Change("modeling", 1, 2), Change("database", 1, 2)], tiny_config()) == []
+    assert list(refused([Change("modeling", 1, 2), Change("database", 1, 2)], tiny_config())) == []
 
 
 def test_a_corpus_may_move_and_not_become_another(tmp_path: Path) -> None:

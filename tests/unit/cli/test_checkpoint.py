@@ -1,6 +1,7 @@
 """The verbs on checkpoints: what they tell, and their exit status."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,12 @@ import pytest
 import torch
 
 from dsv2_train.checkpoint.disk import folder, layout
+from dsv2_train.checkpoint.disk.layout import DamagedError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
+from dsv2_train.cli.checkpoint import ls, prune
+from dsv2_train.cli.checkpoint import verify as verify_verb
+from dsv2_train.cli.checkpoint.folders import size_of
 from dsv2_train.cli.main import main
 from dsv2_train.config.load import to_yaml
 from dsv2_train.distributed.sharding import Piece
@@ -80,7 +85,7 @@ def test_ls_tells_of_everything_there_is(
     ]
     assert "moved aside" in rows["damaged_step_00000010"]
     assert "went back behind it" in rows["rolled_back_step_00000060"]
-    assert "unfinished" in rows["step_00000020"]
+    assert "complete but for COMPLETE" in rows["step_00000020"]
     assert all(word in rows["step_00000030"] for word in ("1,920", "PP1 EP1", "complete", " kB "))
     assert "damaged" in rows["step_00000040"]
     assert layout.STATE in text
@@ -124,7 +129,90 @@ def test_verify_finds_what_no_tensor_holds(
         assert name in text
         flip(path / name, 3)
     (path / layout.MARKER).unlink()
-    assert told(capsys, "verify", path) == (1, f"{path}: UNFINISHED\n  COMPLETE: missing\n")
+    status, text = told(capsys, "verify", path)
+    assert (status, text.splitlines()[1:]) == (1, ["  - COMPLETE: missing"])
+
+
+def gone(path: Path, *_: object, **__: object) -> None:
+    """What a run beside the verb does at this moment."""
+    folder.remove(path)
+    raise DamagedError("manifest.json: missing")
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_what_a_run_removes_meanwhile_is_no_damage(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    first, second = save(tmp_path, 10), save(tmp_path, 20)
+
+    def removed(path: Path, manifest: folder.Manifest) -> Iterator[tuple[int, str | None]]:
+        if path == first:
+            folder.remove(path)
+        return VERIFY(path, manifest)
+
+    if when == "before":
+        opened = verify_verb.open_verified
+        monkeypatch.setattr(
+            verify_verb,
+            "open_verified",
+            lambda path, **how: gone(path) if path == first else opened(path, **how),
+        )
+    else:
+        monkeypatch.setattr(verify_verb, "verify", removed)
+    status, text = told(capsys, "verify", tmp_path)
+    assert (status, text.splitlines()[0]) == (0, f"{first}: removed meanwhile")
+    assert f"{second}: as written" in text
+
+
+VERIFY = verify_verb.verify
+
+
+@pytest.mark.parametrize("moment", ["size_of", "open_verified"])
+def test_ls_beside_a_run_that_removes(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    first, _ = save(tmp_path, 10), save(tmp_path, 20)
+    function = getattr(ls, moment)
+
+    def beside(path: Path, **how: bool) -> object:
+        if path == first and path.exists():
+            folder.remove(path)
+        return function(path, **how)
+
+    monkeypatch.setattr(ls, moment, beside)
+    status, text = told(capsys, "ls", tmp_path)
+    assert status == 0
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["step_00000020"]
+
+
+def test_sizes_of_what_vanishes(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(10))
+    assert (size_of(tmp_path), size_of(file), size_of(tmp_path / "gone")) == (10, 10, 0)
+
+
+def test_prune_beside_a_run_that_removes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    remove = prune.remove
+
+    def late(path: Path) -> None:
+        if layout.step_of(path) == 10:
+            folder.remove(path)
+        remove(path)
+
+    monkeypatch.setattr(prune, "remove", late)
+    status, text = told(capsys, "prune", tmp_path, "--keep-last", 1)
+    assert status == 0
+    assert text.splitlines()[-1].startswith("1 checkpoints removed")
 
 
 def test_prune_tells_and_removes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

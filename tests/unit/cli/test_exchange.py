@@ -7,6 +7,7 @@ import pytest
 
 from dsv2_train.cli.hf.export_verb import _num_bytes
 from dsv2_train.cli.main import main
+from dsv2_train.data.manifest import read_manifest
 from tests.helpers.corpus import synthetic_folder
 from tests.helpers.run import run_config
 from tests.helpers.saved import save_weights
@@ -77,6 +78,24 @@ def test_a_tokenizer_that_was_changed_is_not_taken(
     path.write_text(path.read_text() + "\n")
     assert main(["export", str(run_folder), "--out", str(tmp_path / "hf")]) == 0
     assert f"no tokenizer, bos and eos null: {path}: not the file" in capsys.readouterr().out
+
+
+def test_a_folder_that_was_prepared_anew_is_not_taken(tmp_path: Path, capsys: Captured) -> None:
+    data = synthetic_folder(tmp_path / "data")
+    config = run_config(tmp_path, data, "run.name=run")
+    corpus = read_manifest(data).splits["train"].bin.sha256
+    for name, sha256 in (("same", corpus), ("other", "0" * 64)):
+        save_weights(run_config(tmp_path, data, f"run.name={name}"), corpus=sha256)
+    words = ["export", str(config.run.folder.with_name("same")), "--out", str(tmp_path / "hf")]
+    assert main(words) == 0
+    assert f"tokenizer of {data}" in capsys.readouterr().out
+    words = ["export", str(config.run.folder.with_name("other")), "--out", str(tmp_path / "hf2")]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert f"no tokenizer, bos and eos null: {data}: the model was trained on a train.bin" in told
+    assert not (tmp_path / "hf2" / "tokenizer.json").exists()
+    assert main([*words[:-1], str(tmp_path / "hf3"), "--data", str(data)]) == 0
+    assert (tmp_path / "hf3" / "tokenizer.json").exists(), "who names it, knows it"
 
 
 @pytest.mark.parametrize(

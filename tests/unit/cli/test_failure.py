@@ -2,6 +2,8 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from dsv2_train.cli.launch.failure import describe_failure, first_error
 
 TRACEBACK = "Traceback (most recent call last):\n  File ...\nValueError: boom"
@@ -62,11 +64,25 @@ def test_errors_that_say_what_to_do_have_no_traceback(tmp_path: Path) -> None:
     assert "\ndata/x/train.bin: found 3 bytes\n" in told
 
 
-def test_config_errors_are_known(tmp_path: Path) -> None:
-    leave_error(tmp_path, 0, "ConfigError: 1 configuration problem:\n  - a: b", written_ns=1)
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [
+        ("ConfigError", True),
+        ("DataError", True),
+        ("CheckpointError", True),
+        ("DamagedError", True),
+        ("SaveError", False),
+        ("FloatingPointError", False),
+        ("RuntimeError", False),
+    ],
+)
+def test_refusals_are_known(tmp_path: Path, kind: str, refused: bool) -> None:
+    leave_error(tmp_path, 0, f"{kind}: 1 problem:\n  - a: b", written_ns=1)
     error = first_error(tmp_path)
     assert error is not None
-    assert error.is_config_error
+    assert error.is_config_error is refused
+    plain = kind != "RuntimeError"
+    assert ("raised first" not in describe_failure(tmp_path, "", 1)) is plain
 
 
 def test_ranks_that_left_nothing(tmp_path: Path) -> None:

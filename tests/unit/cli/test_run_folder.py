@@ -36,7 +36,7 @@ def test_an_unfinished_run_goes_on() -> None:
     write_checkpoint(config(), 20)
     launch = inspect(config())
     assert launch.clock == Clock(20, 160)
-    assert launch.describe().startswith("run r goes on after step 20: 40 steps")
+    assert launch.describe().startswith("run r goes on, newest checkpoint step 20: 40 steps")
 
 
 def test_a_finished_run_says_so() -> None:
@@ -83,7 +83,9 @@ def test_another_batch_from_here_on_moves_the_end(override: str, last_step: int)
     write_checkpoint(by_tokens(), 250)
     launch = inspect(by_tokens(override))
     assert not launch.is_finished
-    assert launch.describe().startswith(f"run r goes on after step 250: {last_step} steps")
+    assert launch.describe().startswith(
+        f"run r goes on, newest checkpoint step 250: {last_step} steps"
+    )
 
 
 def test_a_run_that_has_its_tokens_is_finished_whatever_the_batch() -> None:
@@ -103,6 +105,9 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_goes_on(
 ) -> None:
     write_checkpoint(config(), 10)
     damage(write_checkpoint(config("optim.lr=1"), 20) / name, content)
+    if name == layout.MARKER and not content:
+        assert inspect(config("optim.lr=1")).clock == Clock(20, 160), "nothing else is wrong"
+        return
     launch = inspect(config())
     assert launch.clock == Clock(10, 80)
     assert launch.changes == (), "told against the checkpoint that is gone on from"
@@ -110,7 +115,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_goes_on(
     assert first.startswith("CHECKPOINT PASSED OVER  ")
     assert "step_00000020" in first
     assert name in launch.describe()
-    assert last.startswith("run r goes on after step 10")
+    assert last.startswith("run r goes on, newest checkpoint step 10")
 
 
 def damage(path: Path, content: bytes | None) -> None:
@@ -119,7 +124,7 @@ def damage(path: Path, content: bytes | None) -> None:
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", [*SMALL_FILES, layout.MARKER])
+@pytest.mark.parametrize("name", SMALL_FILES)
 def test_if_all_are_damaged_no_run_begins_anew(name: str) -> None:
     for step in (10, 20):
         damage(write_checkpoint(config(), step) / name, None)
@@ -159,13 +164,13 @@ def test_checkpoints_that_may_not_be_looked_at_are_one_line(
         inspect(config())
 
 
-def test_an_unfinished_checkpoint_does_not_count() -> None:
-    (write_checkpoint(config(), 10) / "COMPLETE").unlink()
-    launch = inspect(config("model.num_layers=3", "run.seed=4"))
-    assert launch.checkpoint is None
-    first, last = launch.describe().splitlines()
-    assert first.endswith("step_00000010: COMPLETE: missing")
-    assert last.startswith("run r begins")
+def test_an_only_checkpoint_without_marker_is_no_new_run() -> None:
+    path = write_checkpoint(config(), 10)
+    (path / "COMPLETE").unlink()
+    assert inspect(config()).checkpoint == path
+    (path / layout.STATE).unlink()
+    with pytest.raises(ConfigError, match=r"state\.json: missing"):
+        inspect(config())
 
 
 def test_all_changes_that_mean_another_run_are_refused_at_once() -> None:
@@ -178,6 +183,42 @@ def test_all_changes_that_mean_another_run_are_refused_at_once() -> None:
         "run.seed",
     ]
     assert "runs/r was trained with 1234" in str(caught.value)
+
+
+def test_what_is_wrong_hides_no_change_of_meaning() -> None:
+    write_checkpoint(config(), 10)
+    overrides = ["parallel.pp=0", "model.num_heads=x", "run.seed=4", "model.num_layers=3"]
+    values, _ = compose_values(["experiment=quickstart", "run.name=r", *overrides])
+    partial, problems = check(values)
+    with pytest.raises(ConfigError) as caught:
+        inspect(partial, problems)
+    paths = [problem.path for problem in caught.value.problems]
+    assert {"parallel.pp", "model.num_heads", "run.seed", "model.num_layers"} <= set(paths)
+    assert len(paths) == len(set(paths)), "nothing twice"
+
+
+def test_a_finished_run_whose_tensors_are_damaged_is_not_finished() -> None:
+    write_checkpoint(config(), 30)
+    path = write_checkpoint(config(), 40, {layout.data_file(0): b"tensors"})
+    assert inspect(config()).is_finished
+    (path / layout.data_file(0)).write_bytes(b"Tensors")
+    launch = inspect(config())
+    assert (launch.is_finished, launch.clock.step) == (False, 30)
+    first, second, *_ = launch.describe().splitlines()
+    assert first == f"CHECKPOINT PASSED OVER  {path}: damaged files:"
+    assert second == "  - __0_0.distcp: its CRC-32 is not the manifest's"
+    assert inspect(config("recipe.num_steps=50")).clock.step == 40, "read by the ranks"
+
+
+def test_files_of_others_in_a_run_folder_are_no_obstacle() -> None:
+    Path("runs/r/logs").mkdir(parents=True)
+    for name in ("launch_old", "launch_", "launch_\u0663", "config_old.yaml"):
+        (Path("runs/r/logs") / name).touch()
+    Path("runs/r/config.yaml").write_bytes(b"\xff\xfe")
+    launch = inspect(config())
+    assert launch.next_log_dir().name == "launch_0001"
+    launch.write_config()
+    assert Path("runs/r/logs/config_0001.yaml").read_bytes() == b"\xff\xfe"
 
 
 def test_samples_to_come_are_skipped_from_here_on() -> None:

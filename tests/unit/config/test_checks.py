@@ -30,6 +30,7 @@ DISAGREEING = [
     (["model.num_dense_layers=5"], "model.num_dense_layers"),
     (["data.skip=[[8,16],[20,20]]"], "data.skip"),
     (["data.skip=[[16,8]]"], "data.skip"),
+    ([f"data.skip=[[8,{2**62}]]"], "data.skip.0.1"),
     (
         ["checkpoint.keep_last=null", "checkpoint.keep_every_steps=100"],
         "checkpoint.keep_every_steps",

@@ -53,6 +53,10 @@ def rope_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
     kind = _kind(block)
     if kind == "default":
         return
+    if kind is None:
+        said = f"must be yarn or default: its block says {', '.join(sorted(block))}"
+        yield Problem("rope_scaling.type", kind, said)
+        return
     if kind != "yarn":
         yield Problem("rope_scaling.type", kind, "must be yarn, or rope_scaling null")
         return
@@ -105,4 +109,6 @@ def _block(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _kind(block: Mapping[str, Any]) -> object:
-    return block.get("rope_type", block.get("type", "default"))
+    """What a block says of its kind; None where it says something else and not that."""
+    unsaid = None if block.keys() - {"rope_theta"} else "default"
+    return block.get("rope_type", block.get("type", unsaid))

@@ -19,7 +19,7 @@ from dsv2_train.checkpoint.hf.export import export
 from dsv2_train.checkpoint.hf.intake import blocks_of, import_folder
 from dsv2_train.checkpoint.hf.mapping.config import CONFIG
 from dsv2_train.checkpoint.hf.mapping.tensors import cuts
-from dsv2_train.checkpoint.hf.safetensors import INDEX, StoredTensor
+from dsv2_train.checkpoint.hf.safetensors import INDEX, StoredTensor, read_header
 from dsv2_train.checkpoint.hf.source import open_source
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.load import check_model, read_values
@@ -247,6 +247,35 @@ def test_no_byte_of_a_header_ends_in_another_error(folder: Path, tmp_path: Path)
     for position in (*range(8), *range(first, first + 400, 3)):
         path.write_bytes(data[:position] + bytes([data[position] ^ 21]) + data[position + 1 :])
         refusal(folder, tmp_path / "out")
+
+
+def header_file(path: Path, header: dict[str, object], num_bytes: int) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
+    return path
+
+
+def entry(start: int, end: int, dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": [(end - start) // 4], "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "b: found at byte 4 of the data; the one before"),
+        ({"a": entry(0, 4), "b": entry(8, 12)}, "b: found at byte 8 of the data; the one before"),
+        ({"a": entry(0, 8), "b": entry(8, 12, None)}, "dtype None"),
+        ({"a": entry(0, 12, ["F32"])}, "dtype ['F32']"),
+    ],
+)
+def test_a_header_that_contradicts_itself(
+    tmp_path: Path, header: dict[str, object], said: str
+) -> None:
+    good = {"a": entry(0, 8), "b": entry(8, 12)}
+    assert len(read_header(header_file(tmp_path / "x", good, 12))) == 2
+    with pytest.raises(CheckpointError) as error:
+        read_header(header_file(tmp_path / "x", header, 12))
+    assert said in str(error.value)
 
 
 def test_nothing_there(tmp_path: Path, folder: Path) -> None:

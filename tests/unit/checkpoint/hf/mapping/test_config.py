@@ -169,6 +169,11 @@ def test_rope_as_transformers_5_writes_it() -> None:
         ({"rope_theta": "x"}, "rope_theta: found 'x'"),
         ({"rope_scaling": "yarn"}, "rope_scaling: found 'yarn'; must be an object or null"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type: found 'linear'"),
+        (
+            {"rope_scaling": {k: v for k, v in RELEASED_YARN.items() if k != "type"}},
+            "rope_scaling.type: found None; must be yarn or default: its block says beta_fast",
+        ),
+        ({"rope_parameters": {"factor": 2.0}, "rope_scaling": None}, "rope_scaling.type: found"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: missing"),
         ({"rope_scaling": RELEASED_YARN | {"factor": -1}}, "rope_scaling.factor: found -1"),
         ({"rope_scaling": RELEASED_YARN | {"truncate": False}}, "rope_scaling.truncate: found"),
