@@ -93,7 +93,8 @@ def begin(
 ) -> Checkpoint | None:
     """Make the temporary folder of a checkpoint; None if its step is there, complete.
 
-    What an earlier retention kept is removed now, so that a smaller one makes room on a full disk.
+    First is removed what a save or a removal that was killed left behind, and what is no longer
+    kept: on a full disk, a smaller retention makes room.
 
     Raises:
         CheckpointError: on every rank, when pieces leave a gap or overlap, or there is no folder.
@@ -103,10 +104,11 @@ def begin(
     """
 
     def prepare(ranges: list[list[Range]]) -> Path | None:
+        folders.clear_leftovers(folder)
+        prune(folder, retention)
         if layout.is_complete(layout.step_folder(folder, state.step)):
             return None
         check_coverage(part for of_rank in ranges for part in of_rank)
-        prune(folder, retention)
         return folders.start(folder, state.step)
 
     temporary = ranks.reduce(lambda: ranges_of(pieces), prepare)

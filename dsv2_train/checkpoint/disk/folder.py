@@ -23,16 +23,17 @@ from dsv2_train.checkpoint.disk.target import sync, sync_parents
 _READ_BYTES = 4 << 20
 
 
-def start(folder: Path, step: int) -> Path:
-    """Make an empty temporary folder for a step; what was left behind unfinished is removed.
-
-    What of that cannot be removed is told of on standard error and stays.
-    """
+def clear_leftovers(folder: Path) -> None:
+    """Remove what saves and removals left behind; what cannot be is told of on standard error."""
     for leftover in layout.leftovers(folder):
         try:
             _delete(leftover)
         except OSError as error:
             sys.stderr.write(f"left behind by a save, and cannot be removed: {error}\n")
+
+
+def start(folder: Path, step: int) -> Path:
+    """Make an empty temporary folder for a step."""
     temporary = layout.temporary_folder(folder, step)
     temporary.mkdir(parents=True)
     if not layout.step_folders(folder):  # the folders above may be as new

@@ -18,8 +18,8 @@ class CheckpointConfig(Section):
     `init_from`: a checkpoint, or a run that has one, whose weights a run begins with; clock and
     optimizer are new. A run that has a checkpoint of its own goes on from that.
     `keep_last`: when a checkpoint is complete, older ones than the newest so many are removed, and
-    before a save those that an earlier value kept; null keeps all. `keep_every_steps`: except those
-    whose step is a multiple of it.
+    before a save those that an earlier value kept; null keeps all.
+    `keep_every_steps`: except those whose step is a multiple of it.
     """
 
     every_steps: PositiveInt

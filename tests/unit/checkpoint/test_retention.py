@@ -131,6 +131,17 @@ def test_whatever_is_left_behind_is_cleared(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere").is_dir()
 
 
+def test_a_removal_that_was_killed_is_finished_though_nothing_is_to_be_saved(
+    tmp_path: Path,
+) -> None:
+    """As by the end of a run that was killed in the removal behind its last save."""
+    save(CheckpointManager(tmp_path, 10), 10)
+    save(CheckpointManager(tmp_path, 10), 20)
+    (tmp_path / ".tmp_removed_step_00000005").mkdir()
+    save(CheckpointManager(tmp_path, 10, retention=Retention(1)), 20)
+    assert names(tmp_path) == ["step_00000020"]
+
+
 def test_what_cannot_be_cleared_keeps_nothing_from_being_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,7 +165,7 @@ def test_room_counts_what_is_there_already(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         folder = step_folder(config.run.checkpoint_folder, step)
         folder.mkdir(parents=True)
-        (folder / MARKER).touch()
+        (folder / MARKER).write_text("digest\n")
         assert room_needed(config).num_checkpoints == max(1, 3 - step)
     assert (
         room_needed(tiny_config(f"run.dir={tmp_path}", "checkpoint.keep_last=null")).num_checkpoints
