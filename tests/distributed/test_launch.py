@@ -75,7 +75,8 @@ def test_two_hosts_without_slurm_train_one_run(tmp_path: Path) -> None:
     assert sum("done: 3 of 3 steps" in out for out, _ in said) == 1
     run = tmp_path / "whole"
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [1, 2, 3]
-    assert {"node_0", "node_1"} <= {path.name for path in (run / "logs").iterdir()}
+    logs = run / "logs" / "launch_0001"
+    assert {"node_0", "node_1"} <= {path.name for path in logs.iterdir()}
 
 
 @pytest.mark.parametrize(
