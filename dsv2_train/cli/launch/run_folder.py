@@ -245,7 +245,7 @@ def _unwritable(config: RunConfig, reason: str | None) -> Problem:
 
 def numbered(folder: Path, prefix: str, suffix: str = "") -> Path:
     """The next free name in a folder: prefix, four digits, suffix."""
-    name = re.compile(rf"{re.escape(f'{folder}/{prefix}')}(\d+){re.escape(suffix)}")
+    name = re.compile(rf"{re.escape(f'{folder}/{prefix}')}([0-9]+){re.escape(suffix)}")
     taken = [name.fullmatch(str(path)) for path in folder.glob(f"{prefix}*{suffix}")]
     last = max((int(found[1]) for found in taken if found), default=0)
     return folder / f"{prefix}{last + 1:04d}{suffix}"
