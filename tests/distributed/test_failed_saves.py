@@ -1,9 +1,10 @@
 """Disks that fail during a save: all ranks hear of it at one step, and nothing is lost."""
 
+import math
 import threading
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed.sharding import Piece
-from dsv2_train.recipe.clock import Clock
+from dsv2_train.recipe.clock import Point
 from dsv2_train.train import loop
+from dsv2_train.train.run import Run
+from dsv2_train.train.telemetry.telemetry import StepResult
 from tests.helpers.corpus import synthetic_folder
 from tests.helpers.faults import (
     OF_A_DISK,
@@ -137,21 +140,21 @@ def test_a_failure_is_heard_while_others_write(world: World, tmp_path: Path) -> 
 
 
 def nothing_finite(rank: int, config: RunConfig) -> str:
-    """A run whose third step is none; the checkpoint of the second is under way."""
+    """A run whose third step is bad; the checkpoint of the second is under way."""
     run = open_run(rank, config)
-    write_all = background.write
+    write_all, measure = background.write, loop.measure
 
     def slow(*args: Any) -> Any:
         time.sleep(1.0)
         return write_all(*args)
 
-    def refuse(clock: Clock, _: torch.Tensor) -> None:
-        if clock.step == 3:
-            raise FloatingPointError("step 3")
+    def spoilt(run: Run, point: Point) -> StepResult:
+        result = measure(run, point)
+        return replace(result, grad_norm=math.nan) if run.clock.step == 2 else result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(background, "write", slow)
-        patch.setattr(loop, "require_finite", refuse)
+        patch.setattr(loop, "measure", spoilt)
         try:
             loop.train(run)
         except FloatingPointError as error:
@@ -163,7 +166,10 @@ def nothing_finite(rank: int, config: RunConfig) -> str:
 
 def test_a_guard_costs_no_checkpoint_that_is_under_way(world: World, tmp_path: Path) -> None:
     config = config_of(tmp_path, 2, "stop", True)
-    assert world.run(nothing_finite, 2, config) == ["step 3"] * 2
+    guards = config.guards.model_copy(update={"non_finite": "stop"})
+    config = config.model_copy(update={"guards": guards})
+    for said in world.run(nothing_finite, 2, config):
+        assert said.startswith("step 3: ") and "the run stops" in said
     assert steps_saved(config) == [2]
 
 

@@ -55,14 +55,14 @@ STOPS = (
 
 def stop_in_step(stop: Stop, rank: int, when: Path) -> None:
     """This process stops in `STEP` when it comes to the place; the time is written down before."""
-    train_step = loop.train_step
+    measure = loop.measure
 
     def stopping(run: Any, point: Any) -> Any:
         if rank == stop.rank and run.clock.step == STEP - 1:
             PLACES[stop.place](lambda: _stop(when))
-        return train_step(run, point)
+        return measure(run, point)
 
-    loop.train_step = stopping
+    loop.measure = stopping
 
 
 def run_watched(
