@@ -17,8 +17,8 @@ def test_a_submitted_run_finishes_on_two_nodes(undisturbed: SlurmRun) -> None:
     undisturbed.final_tensors()
     log = undisturbed.log("1")
     assert "0: run quickstart begins" in log and log.endswith("the run is finished\n")
-    nodes = sorted(path.name for path in (undisturbed.folder / "logs" / "job_1_0").iterdir())
-    assert nodes == ["node_0", "node_1"]
+    logs = undisturbed.folder / "logs" / "job_1_0"
+    assert {"node_0", "node_1"} <= {path.name for path in logs.iterdir()}
 
 
 def test_what_was_submitted_is_on_record(undisturbed: SlurmRun) -> None:
