@@ -20,7 +20,8 @@ def run(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
 
 def went_on_after(log: str) -> list[int]:
     """The steps that starts of a run went on after."""
-    return [int(step) for step in re.findall(r"0: run quickstart goes on, newest checkpoint step (\d+)", log)]
+    said = re.findall(r"0: run quickstart goes on, newest checkpoint step (\d+)", log)
+    return list(map(int, said))
 
 
 def assert_same(run: SlurmRun, undisturbed: SlurmRun) -> None:
