@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +112,9 @@ def show(found: Measured, num_ranks: int) -> None:
 def _measure(folder: Path, state_mb: int, repeats: int) -> Measured:
     pieces = _pieces(max(1, state_mb * 10**6 // _LAYER_BYTES))
     contenders: Sequence[_Contender] = [
-        kind(folder / str(index), pieces) for index, kind in enumerate((_Ours, _Torch, _Megatron))
+        _Ours(folder / "0", pieces),
+        _Torch(folder / "1", pieces),
+        _Megatron(folder / "2", pieces),
     ]
     names = [each.name for each in contenders]
 
@@ -143,7 +146,7 @@ def _measure(folder: Path, state_mb: int, repeats: int) -> Measured:
     )
 
 
-class _Contender:
+class _Contender(ABC):
     """Saves and loads the pieces in a folder of its own; every method is collective."""
 
     name = ""
@@ -152,13 +155,13 @@ class _Contender:
         self.folder = folder
         self.pieces = pieces
 
+    @abstractmethod
     def save(self) -> None:
         """Write everything and wait until it is on the disk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self) -> dict[str, Tensor]:
         """What was saved, by key."""
-        raise NotImplementedError
 
     def clear(self) -> None:
         """Make room for another save."""

@@ -1,12 +1,12 @@
 """Where a step of this rank goes: data, forward, backward, exchange, optimizer."""
 
-import time
 from typing import Any, Literal
 
 import torch
 
 from dsv2_train.distributed import activity
 from dsv2_train.distributed.activity import Phase, Place
+from dsv2_train.distributed.stamps import since_first_s, stamp
 
 Part = Literal["data", "forward", "backward", "exchange", "optimizer"]
 PARTS: tuple[Part, ...] = ("data", "forward", "backward", "exchange", "optimizer")
@@ -63,8 +63,8 @@ class PartClock:
         Waits for a GPU, if nothing has been read from it since the step.
         """
         activity.observe(None)
-        self._marks.append((None, self._now()))
-        times_s = self._times_s()
+        self._marks.append((None, stamp(self._on_gpu)))
+        times_s = since_first_s([at for _, at in self._marks], self._on_gpu)
         spent: dict[Part | None, float] = dict.fromkeys(PARTS, 0.0)
         for (part, _), start_s, end_s in zip(self._marks, times_s, times_s[1:], strict=False):
             spent[part] = spent.get(part, 0.0) + end_s - start_s
@@ -73,18 +73,4 @@ class PartClock:
     def _hear(self, phase: Phase, op: str, place: Place, waits: bool) -> None:
         part = part_of(phase, op, place, waits)
         if not self._marks or self._marks[-1][0] != part:
-            self._marks.append((part, self._now()))
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _times_s(self) -> list[float]:
-        first, last = self._marks[0][1], self._marks[-1][1]
-        if not self._on_gpu:
-            return [at - first for _, at in self._marks]
-        last.synchronize()
-        return [first.elapsed_time(at) / 1000 for _, at in self._marks]
+            self._marks.append((part, stamp(self._on_gpu)))

@@ -1,10 +1,10 @@
 """When the ops of a real step ran: host clock on a CPU, events in the stream on a GPU."""
 
-import time
 from typing import Any
 
 import torch
 
+from dsv2_train.distributed.stamps import since_first_s, stamp
 from dsv2_train.pipeline.timeline import Event
 
 
@@ -23,28 +23,14 @@ class Recorder:
         """A step begins; times count from here. Waits for a GPU to have nothing left to do."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        self._marks = [("", "", self._now())]
+        self._marks = [("", "", stamp(self._on_gpu))]
 
     def mark(self, kind: str, label: str) -> None:
         """What was done since the last mark."""
-        self._marks.append((kind, label, self._now()))
+        self._marks.append((kind, label, stamp(self._on_gpu)))
 
     def events(self) -> list[Event]:
         """The step so far, in order; waits for a GPU."""
-        times_s = self._times_s()
+        times_s = since_first_s([at for _, _, at in self._marks], self._on_gpu)
         spans = zip(self._marks[1:], times_s, times_s[1:], strict=False)
         return [Event(label, kind, start, end) for (kind, label, _), start, end in spans]
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _times_s(self) -> list[float]:
-        first = self._marks[0][2]
-        if not self._on_gpu:
-            return [at - first for _, _, at in self._marks]
-        torch.cuda.synchronize()
-        return [first.elapsed_time(at) / 1000 for _, _, at in self._marks]

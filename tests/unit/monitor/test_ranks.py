@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from dsv2_train.config.sections.monitor import SlowRankConfig
-from dsv2_train.distributed import activity
+from dsv2_train.distributed import activity, stamps
 from dsv2_train.distributed.activity import Phase, Place
 from dsv2_train.monitor.metrics import check_row
-from dsv2_train.monitor.ranks import parts
 from dsv2_train.monitor.ranks.parts import PARTS, PartClock
 from dsv2_train.monitor.ranks.stragglers import Stragglers
 
@@ -21,7 +20,7 @@ EVEN = [0.01, 0.3, 0.5, 0.1, 0.05]
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[PartClock]:
     """Each look at the time is a second later than the one before; nothing looks twice."""
     seconds = iter(range(1000))
-    monkeypatch.setattr(parts.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(stamps.time, "perf_counter", lambda: float(next(seconds)))
     yield PartClock(torch.device("cpu"))
     activity.observe(None)
 
