@@ -1,6 +1,6 @@
 """Save a run's state so that it is there entirely or not at all, and restore the newest."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class CheckpointManager:
             default group, or for one process where none is initialized.
         staging: host memory for what `begin` saves; None if that is to write before it returns.
         retention: which checkpoints are kept when another one is complete.
+        fence: raises where this run may no longer write to the folder; asked on the first rank
+            before anything there is made, renamed or removed.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class CheckpointManager:
         group: dist.ProcessGroup | None = None,
         staging: Staging | None = None,
         retention: Retention = KEEP_ALL,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.every_steps = every_steps
         self._ranks = Ranks(group)
         self._staging = staging
         self._retention = retention
+        self._fence = fence
         self._under_way: BackgroundSave | None = None
         self.will_retry = False
         self.passed_over: tuple[str, ...] = ()
@@ -84,13 +88,22 @@ class CheckpointManager:
         Raises:
             SaveError: on every rank, when pieces leave a gap or overlap, and when a file
                 cannot be written. The newest complete checkpoint is intact.
+            FencedError: on every rank, if another attempt has taken the run over.
 
         Note:
             Collective over all ranks. Host memory: a few MiB, and 68 MiB if pieces are on a device.
         """
         self.wait()
         with self._attempt(state.step):
-            path = save(self._ranks, self.folder, state, pieces, config_yaml, self._retention)
+            path = save(
+                self._ranks,
+                self.folder,
+                state,
+                pieces,
+                config_yaml,
+                self._retention,
+                self._fence,
+            )
         self.will_retry = False
         return path
 
@@ -117,7 +130,13 @@ class CheckpointManager:
         self.wait()
         with self._attempt(state.step):
             checkpoint = begin(
-                self._ranks, self.folder, state, pieces, config_yaml, self._retention
+                self._ranks,
+                self.folder,
+                state,
+                pieces,
+                config_yaml,
+                self._retention,
+                self._fence,
             )
         if checkpoint is not None:
             staged = self._staging.copy(pieces)
@@ -186,6 +205,7 @@ class CheckpointManager:
             nothing is renamed.
 
         Raises:
+            FencedError: on every rank, if another attempt has taken the run over.
             DamagedError: on every rank, if there are checkpoints and all are damaged (tensors and
                 files are named); nothing is renamed. Then the pieces hold nothing of use.
             CheckpointError: on every rank, if the newest intact one is of another model (tensors
@@ -195,6 +215,7 @@ class CheckpointManager:
         Note:
             Collective over all ranks. Host memory: 16 MiB beside the pieces.
         """
+        self._ranks.first(self._fence)
         restored = restore(self._ranks, self.folder, pieces, at_most_step)
         if restored is None:
             return None

@@ -11,6 +11,7 @@ from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 from dsv2_train.distributed import activity
 from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.collectives import all_max
+from dsv2_train.runs.ownership import FencedError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,7 +20,7 @@ R = TypeVar("R")
 @dataclass(frozen=True)
 class _Failure:
     message: str
-    kind: type[CheckpointError] = CheckpointError
+    kind: type[Exception] = CheckpointError
 
 
 class Ranks:
@@ -47,6 +48,7 @@ class Ranks:
 
         Raises:
             DamagedError: on every rank, when the work of any failed, and always for damage.
+            FencedError: on every rank, when another attempt has taken the run over.
             CheckpointError: on every rank, when it failed otherwise.
 
         Note:
@@ -92,14 +94,17 @@ class Ranks:
 def _attempt(work: Callable[[], T]) -> tuple[T | _Failure, Exception | None]:
     try:
         return work(), None
-    except CheckpointError as error:
+    except (CheckpointError, FencedError) as error:
         return _Failure(str(error), _kind_of(error)), error
     except Exception as error:  # whatever it is, the other ranks wait to hear of it
         return _Failure(f"{type(error).__name__}: {error}"), error
 
 
-def _kind_of(error: CheckpointError) -> type[CheckpointError]:
-    return DamagedError if isinstance(error, DamagedError) else CheckpointError
+def _kind_of(error: Exception) -> type[Exception]:
+    for kind in (DamagedError, FencedError):
+        if isinstance(error, kind):
+            return kind
+    return CheckpointError
 
 
 def _successes(results: list[T | _Failure]) -> list[T]:

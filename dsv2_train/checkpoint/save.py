@@ -28,12 +28,14 @@ class Checkpoint:
         state: the clock.
         config_yaml: the resolved config.
         retention: which checkpoints are kept when this one is complete.
+        fence: raises where this run may no longer write; asked on the first rank.
     """
 
     temporary: Path
     state: TrainState
     config_yaml: str
     retention: Retention
+    fence: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def save(
     pieces: Sequence[Piece],
     config_yaml: str,
     retention: Retention,
+    fence: Callable[[], None],
 ) -> Path:
     """Write a checkpoint; see `CheckpointManager.save`.
 
@@ -62,6 +65,7 @@ def save(
         pieces: what this rank owns.
         config_yaml: the resolved config.
         retention: which checkpoints are kept when this one is complete.
+        fence: raises where this run may no longer write; asked on the first rank.
 
     Raises:
         CheckpointError: on every rank, when pieces leave a gap or overlap, and when a file cannot
@@ -70,7 +74,7 @@ def save(
     Note:
         Collective over all ranks.
     """
-    checkpoint = begin(ranks, folder, state, pieces, config_yaml, retention)
+    checkpoint = begin(ranks, folder, state, pieces, config_yaml, retention, fence)
     if checkpoint is None:
         return layout.step_folder(folder, state.step)
     try:
@@ -90,6 +94,7 @@ def begin(
     pieces: Sequence[Piece],
     config_yaml: str,
     retention: Retention,
+    fence: Callable[[], None],
 ) -> Checkpoint | None:
     """Make the temporary folder of a checkpoint; None if its step is there, complete.
 
@@ -104,6 +109,7 @@ def begin(
     """
 
     def prepare(ranges: list[list[Range]]) -> Path | None:
+        fence()
         folders.clear_leftovers(folder)
         prune(folder, retention)
         if layout.is_complete(layout.step_folder(folder, state.step)):
@@ -112,7 +118,9 @@ def begin(
         return folders.start(folder, state.step)
 
     temporary = ranks.reduce(lambda: ranges_of(pieces), prepare)
-    return None if temporary is None else Checkpoint(temporary, state, config_yaml, retention)
+    return (
+        None if temporary is None else Checkpoint(temporary, state, config_yaml, retention, fence)
+    )
 
 
 def write(
@@ -145,6 +153,7 @@ def publish(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
     }
     files = {rank.file: rank.entry for rank in written}
     manifest = Manifest(checkpoint.state.step, tensor_entries(places), files)
+    checkpoint.fence()
     path = folders.publish(checkpoint.temporary, manifest, contents)
     prune(path.parent, checkpoint.retention)
     return path

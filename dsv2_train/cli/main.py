@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dsv2_train.checkpoint.disk.layout import CheckpointError
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.data.manifest import DataError
+from dsv2_train.runs.attempts import CrashLoopError
 
 VERBS = {
     "prepare": "turn text into a data folder: tokenizer, .bin/.idx, manifest",
@@ -50,15 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report_errors(run: Callable[[], int]) -> int:
     """Call `run` and turn what ends it early into an exit status and a line for people.
 
-    A ConfigError, DataError or CheckpointError is printed without a traceback; any other error
-    keeps its traceback. Characters that the terminal does not have are escaped.
+    A ConfigError, DataError, CheckpointError or CrashLoopError is printed without a traceback; any
+    other error keeps its traceback. Characters that the terminal does not have are escaped.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         return run()
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, CrashLoopError) as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG_ERROR
     except KeyboardInterrupt:

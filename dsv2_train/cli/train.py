@@ -18,6 +18,9 @@ from dsv2_train.distributed import env as environment
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.activity import Phase
 from dsv2_train.monitor.report import Closing, closing_message
+from dsv2_train.runs.attempts import CrashLoopError
+from dsv2_train.runs.ownership import FencedError
+from dsv2_train.train.attempts import end_torchrun, end_well, this_start
 from dsv2_train.train.loop import train
 from dsv2_train.train.run import Run
 from dsv2_train.train.setup import build_run
@@ -43,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if config.cluster.preflight.before_training:
         require_preflight(config, env)
     this_run = build_run(config, env)
+    start = this_start(this_run)
     try:
         with activity.phase(Phase.BETWEEN_STEPS):
             train(this_run)
@@ -50,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         this_run.signals.close()
         if this_run.monitor is not None:
             this_run.monitor.close()
+    end_well(this_run, start)
     with activity.phase(Phase.END):
         _say_what_is_where(this_run, arguments.command)
         process_groups.destroy()
@@ -108,7 +113,11 @@ def main() -> int:
     """Entry of `python -m dsv2_train.cli.train`."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    return run(parser.parse_args()) or 0
+    try:
+        return run(parser.parse_args()) or 0
+    except (CrashLoopError, FencedError):
+        end_torchrun()
+        raise
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def keep_until(
 
     Lines after the step, and lines of which `step_of` raises ValueError, move to
     `<name>_after_step_<8 digits>_<n>.jsonl`. A kill in between leaves them in both files, never in
-    none.
+    none. The file is a new one: what an earlier attempt that lives on writes is not in it.
 
     Returns:
         The file they moved to, None if there was nothing to move.
@@ -68,11 +68,11 @@ def keep_until(
     moved: list[bytes] = []
     for line in _lines(path):
         (kept if _is_until(line, step, step_of) else moved).append(line)
-    if not moved:
-        return None
-    aside_folder.mkdir(parents=True, exist_ok=True)
-    aside = _free_name(aside_folder, f"{path.stem}_after_step_{step:08d}")
-    _write_whole(aside, moved)
+    aside = None
+    if moved:
+        aside_folder.mkdir(parents=True, exist_ok=True)
+        aside = _free_name(aside_folder, f"{path.stem}_after_step_{step:08d}")
+        _write_whole(aside, moved)
     _write_whole(path, kept)
     return aside
 

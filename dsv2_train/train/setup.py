@@ -29,6 +29,7 @@ from dsv2_train.pipeline.build import build_executor
 from dsv2_train.pipeline.profiler import Profiler
 from dsv2_train.recipe.clock import Schedule
 from dsv2_train.recipe.parameters import model_parameters, stage_parameters
+from dsv2_train.runs.ownership import Fence
 from dsv2_train.train.resume import begin_or_go_on, clock_of, skip_list_of
 from dsv2_train.train.run import Run
 from dsv2_train.train.signals import StopSignals
@@ -69,7 +70,8 @@ def build_run(config: RunConfig, env: Env) -> Run:
     adam = choose_adam(config.optim.adam, env.device)
     optimizer = build_optimizer(chunks, config.optim, adam, groups)
     hosts = process_groups.build_hosts(timeout_s)
-    checkpoints = _checkpoints(config, optimizer, hosts)
+    fence = Fence.of_this_rank(config.run.folder)
+    checkpoints = _checkpoints(config, optimizer, hosts, fence)
     state = begin_or_go_on(config, checkpoints, optimizer)
     schedule = Schedule(config.recipe, config.optim)
     clock = clock_of(state)
@@ -97,7 +99,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
         monitor=monitor,
         telemetry=_telemetry(config, monitor, models, groups, ranks, env.device),
         profiler=Profiler(config, env, executor),
-        signals=StopSignals(hosts),
+        signals=StopSignals(hosts, fence if env.rank == 0 else None),
     )
     if monitor is not None:
         served = [*choices.values(), Choice("adam", adam.implementation, adam.reason)]
@@ -106,7 +108,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
 
 
 def _checkpoints(
-    config: RunConfig, optimizer: ZeroOptimizer, hosts: ProcessGroup
+    config: RunConfig, optimizer: ZeroOptimizer, hosts: ProcessGroup, fence: Fence
 ) -> CheckpointManager:
     staging = Staging(list(optimizer.pieces())) if config.checkpoint.asynchronous else None
     return CheckpointManager(
@@ -115,6 +117,7 @@ def _checkpoints(
         hosts,
         staging,
         Retention(config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
+        fence.check,
     )
 
 

@@ -7,7 +7,9 @@ import torch
 from torch.distributed import ProcessGroup
 
 from dsv2_train.distributed.collectives import all_max
+from dsv2_train.runs.ownership import Fence, FencedError
 
+_FENCED = 2
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -19,10 +21,12 @@ class StopSignals:
 
     Args:
         hosts: all ranks, over a back end that takes host tensors.
+        fence: on the rank that looks whether this attempt still owns its run, else None.
     """
 
-    def __init__(self, hosts: ProcessGroup) -> None:
+    def __init__(self, hosts: ProcessGroup, fence: Fence | None = None) -> None:
         self._hosts = hosts
+        self._fence = fence
         self._requested = False
         for number in _ASKING:
             signal.signal(number, self._remember)
@@ -31,8 +35,16 @@ class StopSignals:
         """True on every rank if any rank was asked to stop.
 
         One all-reduce of one number between the hosts: a device is not waited for.
+
+        Raises:
+            FencedError: on every rank, if another attempt has taken the run over.
         """
-        return bool(all_max(torch.tensor(int(self._requested)), self._hosts).item())
+        lost = None if self._fence is None else self._fence.why_lost()
+        mine = _FENCED if lost else int(self._requested)
+        highest = int(all_max(torch.tensor(mine), self._hosts).item())
+        if highest == _FENCED:
+            raise FencedError(lost or "another attempt has taken this run over")
+        return bool(highest)
 
     def close(self) -> None:
         """Ignore further requests: at its end Python would let them kill the process."""

@@ -1,17 +1,15 @@
 """SIGKILL at any moment costs what was not saved: the run that is started again ends the same."""
 
-import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import open_verified
 from dsv2_train.config.run import RunConfig
 from tests.helpers.corpus import synthetic_folder
+from tests.helpers.history import final_tensors, trace
 from tests.helpers.kills import Kill, attempt, draw
 from tests.helpers.run import run_config
 
@@ -39,22 +37,6 @@ def _config(folder: Path, name: str, save: str) -> RunConfig:
     )
 
 
-def _trace(config: RunConfig) -> list[dict[str, Any]]:
-    """Every row of the run's metrics without what depends on the clock on the wall."""
-    lines = (config.run.folder / "metrics.jsonl").read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if key[:5] not in ("perf/", "mem/p")}
-        for line in lines
-    ]
-
-
-def _final_tensors(config: RunConfig) -> dict[str, int]:
-    path = layout.latest_complete(config.run.checkpoint_folder)
-    assert path is not None and layout.step_of(path) == NUM_STEPS
-    manifest, _ = open_verified(path)
-    return {key: entry.checksum for key, entry in manifest.tensors.items()}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kills")
@@ -70,8 +52,8 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
     straight = _config(folder, f"straight_{save.split()[0]}", SAVES[save])
     ended, training_s = attempt(straight, None)
     assert ended
-    trace, tensors = _trace(straight), _final_tensors(straight)
-    assert len([row for row in trace if "train/loss" in row]) == NUM_STEPS
+    rows, tensors = trace(straight.run.folder), final_tensors(straight.run.folder, NUM_STEPS)
+    assert len([row for row in rows if "train/loss" in row]) == NUM_STEPS
     num_trials = pytestconfig.getoption("--kills") or (50 if soak else 2)
     for trial in range(num_trials):
         generator = random.Random(trial)
@@ -81,8 +63,8 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
             if attempt(killed, kill)[0]:
                 break
         assert attempt(killed, None)[0]
-        assert _trace(killed) == trace, (trial, kills)
-        assert _final_tensors(killed) == tensors, (trial, kills)
+        assert trace(killed.run.folder) == rows, (trial, kills)
+        assert final_tensors(killed.run.folder, NUM_STEPS) == tensors, (trial, kills)
         assert layout.leftovers(killed.run.checkpoint_folder) == []
         shutil.rmtree(killed.run.folder)
 

@@ -6,10 +6,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+
+from tests.helpers.processes import wait_until
 
 NODES = ("n0", "n1")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
@@ -184,21 +185,6 @@ class Slurm:
             for pid in [keeper, *_descendants(keeper)]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-
-
-def wait_until(
-    is_so: Callable[[], bool], what: Callable[[], str], timeout_s: float, every_s: float = 0.2
-) -> None:
-    """Wait for something to be so.
-
-    Raises:
-        TimeoutError: that it is not, as `what` says.
-    """
-    deadline_s = time.monotonic() + timeout_s
-    while not is_so():
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"after {timeout_s} s: {what()}")
-        time.sleep(every_s)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from tests.helpers.slurm import Slurm, wait_until
-from tests.helpers.slurm_run import SlurmRun
+from tests.helpers.history import final_tensors, trace
+from tests.helpers.processes import standing_still, wait_until
+from tests.helpers.slurm import Slurm
+from tests.helpers.slurm_run import NUM_STEPS, SlurmRun
 
 pytestmark = pytest.mark.slurm
 
@@ -25,14 +27,15 @@ def went_on_after(log: str) -> list[int]:
 
 
 def assert_same(run: SlurmRun, undisturbed: SlurmRun) -> None:
-    assert run.trace() == undisturbed.trace()
-    assert run.final_tensors() == undisturbed.final_tensors()
+    assert trace(run.folder) == trace(undisturbed.folder)
+    final = final_tensors(run.folder, NUM_STEPS)
+    assert final == final_tensors(undisturbed.folder, NUM_STEPS)
 
 
 def test_preempted_and_requeued(slurm: Slurm, run: SlurmRun, undisturbed: SlurmRun) -> None:
     job_id = run.submit(REQUEUE)
     run.wait_for_step(6)
-    with run.standing_still():
+    with standing_still(run.ranks()):
         slurm.run("scancel", "--signal=TERM", job_id)
     slurm.wait(job_id, "PENDING", timeout_s=run.PATIENCE_S)
     job = slurm.wait(job_id, "COMPLETED", "FAILED", timeout_s=run.PATIENCE_S)
@@ -48,7 +51,7 @@ def test_out_of_time_and_chained(slurm: Slurm, run: SlurmRun, undisturbed: Slurm
     chain = ("time_limit_minutes=1", "signal_before_end_s=1", "chain=2")
     job_id = run.submit(QUIET, *(f"cluster.slurm.{override}" for override in chain))
     run.wait_for_step(6)
-    with run.standing_still():
+    with standing_still(run.ranks()):
         wait_until(
             lambda: "asked to stop" in run.log(job_id), lambda: run.log(job_id), timeout_s=90
         )
@@ -73,3 +76,35 @@ def test_a_node_is_lost_and_comes_back(slurm: Slurm, run: SlurmRun, undisturbed:
     (step,) = went_on_after(run.log(job_id))
     assert step >= 4  # the newest checkpoint, every fourth step has one
     assert_same(run, undisturbed)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_an_attempt_that_slurm_lost_is_fenced(
+    slurm: Slurm, run: SlurmRun, undisturbed: SlurmRun, num_nodes: int
+) -> None:
+    """Only the slurmd of a node dies: what runs there lives, and trains, beside the next attempt.
+
+    Its ranks stand still until the next attempt has the run. Of two nodes the lost one is that of
+    the batch script.
+    """
+    job_id = run.submit(REQUEUE, QUIET, f"cluster.ranks_per_node={4 // num_nodes}")
+    run.wait_for_step(6)
+    lost = run.ranks()
+    node = slurm.job(job_id)["BatchHost"]
+    with standing_still(lost):
+        slurm.kill_node(node, with_steps=False)
+        slurm.wait(job_id, "PENDING", timeout_s=run.PATIENCE_S)
+        if num_nodes == 2:
+            slurm.start_node(node)
+        went_on = lambda: bool(went_on_after(run.log(job_id)))  # noqa: E731
+        wait_until(went_on, lambda: run.log(job_id), run.PATIENCE_S)
+        still_there = set(lost) & set(run.ranks())
+        assert len(still_there) == 4 // num_nodes, "the test was to leave them alive"
+    job = slurm.wait(job_id, "COMPLETED", "FAILED", timeout_s=run.PATIENCE_S)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), run.log(job_id)
+    assert "is taken over from process" in run.log(job_id)
+    assert_same(run, undisturbed)
+    wait_until(lambda: not run.ranks(), lambda: run.log(job_id), run.PATIENCE_S)
+    if num_nodes == 1:
+        assert "now belongs to process" in run.log(job_id), run.log(job_id)
+        slurm.start_node(node)

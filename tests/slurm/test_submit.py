@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.history import final_tensors, trace
 from tests.helpers.slurm import Slurm
 from tests.helpers.slurm_run import NUM_STEPS, SlurmRun
 
@@ -13,8 +14,8 @@ pytestmark = pytest.mark.slurm
 
 
 def test_a_submitted_run_finishes_on_two_nodes(undisturbed: SlurmRun) -> None:
-    assert [row["step"] for row in undisturbed.trace()] == list(range(1, NUM_STEPS + 1))
-    undisturbed.final_tensors()
+    assert [row["step"] for row in trace(undisturbed.folder)] == list(range(1, NUM_STEPS + 1))
+    final_tensors(undisturbed.folder, NUM_STEPS)
     log = undisturbed.log("1")
     assert "0: run quickstart begins" in log and log.endswith("the run is finished\n")
     logs = undisturbed.folder / "logs" / "job_1_0"

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dsv2_train.cli.cluster.record import chain_of
 from dsv2_train.cli.launch.place import Place
 from dsv2_train.cli.launch.run_folder import inspect, on_nodes
-from dsv2_train.cli.launch.torchrun import run_ranks
+from dsv2_train.cli.launch.start import start
 from dsv2_train.cli.main import EXIT_STOPPED, report_errors
 from dsv2_train.config.load import load_file
 
@@ -37,15 +38,13 @@ def _run(config_path: Path, command: Sequence[str]) -> int:
     config = load_file(config_path)
     machines = on_nodes(place.num_nodes)
     launch = inspect(config, (), command, machines)
-    if place.node == 0:
-        print(launch.describe(), flush=True)
     if launch.is_finished:
+        if place.node == 0:
+            print(launch.describe(), flush=True)
         return 0
-    if place.node == 0:
-        launch.write_config()
-    num_ranks = config.parallel.world_size // place.num_nodes
     log_dir = launch.folder / "logs" / place.launch_id / f"node_{place.node}"
-    outcome = run_ranks(launch.worker, num_ranks, log_dir, place, config.cluster)
+    jobs = chain_of(launch.folder, os.environ["SLURM_JOB_ID"])
+    outcome = start(launch, place, log_dir, jobs)
     if outcome.status:
         return outcome.status
     return 0 if inspect(config, (), command, machines).is_finished else EXIT_STOPPED

@@ -48,10 +48,22 @@ def write_jobs(folder: Path, job_ids: list[str]) -> None:
     (folder / _JOBS).write_text(json.dumps(job_ids))
 
 
+def chain_of(run_folder: Path, job_id: str) -> tuple[str, ...]:
+    """A job, then those of the same submission."""
+    chains = [json.loads(file.read_text()) for file in _files_of_jobs(run_folder)]
+    others = [each for chain in chains if job_id in chain for each in chain if each != job_id]
+    return (job_id, *others)
+
+
 def submitted_jobs(run_folder: Path) -> list[str]:
     """Numbers of every job that was ever submitted for a run."""
-    files = sorted((run_folder / "logs").glob(f"submit_*/{_JOBS}"))
-    return [job_id for file in files for job_id in json.loads(file.read_text())]
+    return [
+        job_id for file in _files_of_jobs(run_folder) for job_id in json.loads(file.read_text())
+    ]
+
+
+def _files_of_jobs(run_folder: Path) -> list[Path]:
+    return sorted((run_folder / "logs").glob(f"submit_*/{_JOBS}"))
 
 
 def without_secrets(environment: Mapping[str, str]) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from dsv2_train.cli.launch.place import Place
 from dsv2_train.cli.launch.run_folder import Launch, inspect, on_nodes
+from dsv2_train.cli.launch.start import start
 from dsv2_train.cli.launch.sweep import named_runs
-from dsv2_train.cli.launch.torchrun import Outcome, run_ranks
+from dsv2_train.cli.launch.torchrun import Outcome
 from dsv2_train.cli.main import report_errors
 from dsv2_train.cli.resolve import examine, resolve
 from dsv2_train.config.load import to_yaml
@@ -43,10 +44,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         raise ConfigError(problems)
     launches = _check_all(combinations, arguments.nodes)
     for number, launch in enumerate(launches, start=1):
-        if not launch.is_finished and arguments.node_rank == 0:
-            launch.write_config()
-        print(launch.describe(), flush=True)
         if launch.is_finished:
+            print(launch.describe(), flush=True)
             continue
         outcome = _run(launch, arguments)
         if outcome.status != 0 or outcome.was_stopped:
@@ -58,11 +57,11 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _run(launch: Launch, arguments: argparse.Namespace) -> Outcome:
-    config, node = launch.config, arguments.node_rank
-    place = Place(arguments.nodes, node, arguments.endpoint, config.run.name)
-    num_ranks = config.parallel.world_size // place.num_nodes
-    log_dir = launch.next_log_dir("" if place.num_nodes == 1 else f"node_{node}")
-    return run_ranks(launch.worker, num_ranks, log_dir, place, config.cluster)
+    if arguments.nodes == 1:
+        return start(launch, Place(), launch.next_log_dir())
+    node, name = arguments.node_rank, launch.config.run.name
+    place = Place(arguments.nodes, node, arguments.endpoint, name)
+    return start(launch, place, launch.next_log_dir(f"node_{node}"))
 
 
 def _misplaced(arguments: argparse.Namespace) -> Iterator[Problem]:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 _TRACEBACK_LINES = 15
 # Errors whose message says where, what and what to do: a traceback would only hide it.
-_REFUSALS = ("ConfigError", "DataError", "CheckpointError", "DamagedError")
+_REFUSALS = (
+    "ConfigError",
+    "DataError",
+    "CheckpointError",
+    "DamagedError",
+    "CrashLoopError",
+    "FencedError",
+)
 _PLAIN_ERRORS = (
     *_REFUSALS,
     "SaveError",
@@ -45,10 +52,13 @@ class RankError:
 
 
 def first_error(log_dir: Path) -> RankError | None:
-    """The exception that was written first; None if every rank died without one."""
-    files = sorted(
-        log_dir.glob("*/attempt_*/*/error.json"), key=lambda file: file.stat().st_mtime_ns
-    )
+    """The exception that was written first since torchrun last started the ranks.
+
+    None if every rank died without one.
+    """
+    attempts = sorted(log_dir.glob("*/attempt_*"), key=_number)
+    of_last = attempts[-1].glob("*/error.json") if attempts else ()
+    files = sorted(of_last, key=lambda file: file.stat().st_mtime_ns)
     if not files:
         return None
     entry = json.loads(files[0].read_text())["message"]
@@ -80,6 +90,10 @@ def describe_failure(log_dir: Path, torchrun_said: str, torchrun_status: int) ->
 def where_ranks_wrote(log_dir: Path) -> str:
     """A line that says where torchrun keeps the output of each rank."""
     return f"everything the ranks wrote: {log_dir}/*/attempt_*/RANK/"
+
+
+def _number(attempt: Path) -> int:
+    return int(attempt.name.removeprefix("attempt_"))
 
 
 def _killed(torchrun_said: str) -> list[str]:

@@ -13,8 +13,10 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.folder import Newest, newest_intact
 from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.cli.launch.begin_from import can_begin_from
-from dsv2_train.cli.launch.changes import (
+from dsv2_train.cli.launch.devices import enough_devices
+from dsv2_train.cli.launch.place import fits
+from dsv2_train.cli.resume.begin_from import can_begin_from
+from dsv2_train.cli.resume.changes import (
     Change,
     changes,
     is_told,
@@ -22,8 +24,6 @@ from dsv2_train.cli.launch.changes import (
     refused,
     with_skip_list,
 )
-from dsv2_train.cli.launch.devices import enough_devices
-from dsv2_train.cli.launch.place import fits
 from dsv2_train.config.load import read_values, to_yaml
 from dsv2_train.config.problems import Check, ConfigError, Problem, passing_over_absent
 from dsv2_train.config.run import RunConfig
@@ -124,7 +124,7 @@ class Launch:
             temporary.write_text(text)
             temporary.rename(path)
         except OSError as error:
-            raise ConfigError([_unwritable(self.config, error.strerror)]) from error
+            raise ConfigError([unwritable(self.config, error.strerror)]) from error
 
 
 def on_nodes(num_nodes: int) -> tuple[Check, ...]:
@@ -225,7 +225,7 @@ def _one_line(what: object) -> str:
 def _can_be_written(config: RunConfig) -> Iterator[Problem]:
     reason = _why_unwritable(config.run.folder)
     if reason is not None:
-        yield _unwritable(config, reason)
+        yield unwritable(config, reason)
 
 
 def _why_unwritable(path: Path) -> str | None:
@@ -239,7 +239,8 @@ def _why_unwritable(path: Path) -> str | None:
     return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not yours to write"
 
 
-def _unwritable(config: RunConfig, reason: str | None) -> Problem:
+def unwritable(config: RunConfig, reason: str | None) -> Problem:
+    """That a run folder cannot be written."""
     return Problem("run.dir", config.run.dir, f"must be a folder that can be written ({reason})")
 
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from dsv2_train.cli.launch.failure import describe_failure, first_error, where_ranks_wrote
@@ -49,6 +50,7 @@ def run_ranks(
     log_dir: Path,
     place: Place = ONE_NODE,
     cluster: ClusterConfig | None = None,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """Run a Python program on every rank of this node and wait for the last one.
 
@@ -63,6 +65,7 @@ def run_ranks(
         place: this node among all.
         cluster: how often ranks that failed are started again, how long they may stand still, and
             their environment; what the environment has already is left as it is.
+        more: of the ranks' environment.
     """
     log_dir.mkdir(parents=True)
     _prctl(_PR_SET_CHILD_SUBREAPER)
@@ -71,7 +74,7 @@ def run_ranks(
     options = [f"--max-restarts={max_restarts}", *place.rendezvous]
     process = subprocess.Popen(
         [*_torchrun(num_ranks, log_dir), *options, *worker],
-        env={**_environment(num_ranks, cluster), **watchdog.environment},
+        env={**_environment(num_ranks, cluster), **watchdog.environment, **more},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,

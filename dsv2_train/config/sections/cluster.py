@@ -31,7 +31,7 @@ class SlurmConfig(Section):
     `container`: image for pyxis (`srun --container-image`), `container_mounts` in it, besides the
     working folder, as FROM:TO.
     `requeue`: a job that was stopped, or failed, asks to be run again. A configuration error ends
-    it.
+    it, and so does a crash loop.
     `chain`: jobs, each of which begins when the one before has ended: for runs longer than
     `time_limit_minutes`.
     `signal_before_end_s`: before the time limit a run is asked to save and stop. Slurm may ask up
@@ -87,6 +87,8 @@ class ClusterConfig(Section):
     `group_timeout_s`: how long a collective of any process group may wait for its peers. The first
     ones wait for ranks that still build or read, later ones for the slowest step.
     `max_restarts`: how often torchrun starts the ranks of a launch again after one has failed.
+    `crash_loop`: when so many starts in a row, of torchrun or of jobs, went on from the same step
+    and failed, there is no other.
     `environment`: of every rank; what is set already where a run is launched wins, but
     not under Slurm, whose script sets it.
     """
@@ -97,5 +99,6 @@ class ClusterConfig(Section):
     hang_timeout_s: PositiveFloat | None = 600.0
     group_timeout_s: PositiveFloat = 1800.0
     max_restarts: NonNegativeInt = 0
+    crash_loop: PositiveInt = 3
     environment: Annotated[tuple[EnvironmentVariable, ...], Field(strict=False)] = ()
     slurm: SlurmConfig | None = None

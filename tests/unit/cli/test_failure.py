@@ -18,8 +18,8 @@ Root Cause (first observed failure):
 """
 
 
-def leave_error(log_dir: Path, rank: int, message: str, written_ns: int) -> None:
-    folder = log_dir / "id_abc" / "attempt_0" / str(rank)
+def leave_error(log_dir: Path, rank: int, message: str, written_ns: int, attempt: int = 0) -> None:
+    folder = log_dir / "id_abc" / f"attempt_{attempt}" / str(rank)
     folder.mkdir(parents=True)
     extra = {"py_callstack": TRACEBACK, "timestamp": "0"}
     entry = {"message": {"message": message, "extraInfo": extra}}
@@ -35,6 +35,16 @@ def test_the_first_error_written_is_the_one_shown(tmp_path: Path) -> None:
     assert "ValueError: boom" in told
     assert "Connection" not in told
     assert str(tmp_path) in told
+
+
+def test_after_restarts_the_last_start_is_told(tmp_path: Path) -> None:
+    for attempt in (2, 9, 10):
+        leave_error(tmp_path, 1, f"ValueError: of {attempt}", 1_000 - attempt, attempt)
+    found = first_error(tmp_path)
+    assert found is not None
+    assert found.message == "ValueError: of 10"
+    (tmp_path / "id_abc" / "attempt_11" / "0").mkdir(parents=True)
+    assert first_error(tmp_path) is None
 
 
 def test_a_killed_rank_comes_before_the_errors_it_caused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.cli.launch import __main__ as launcher
+from dsv2_train.cli.launch import start
 from dsv2_train.cli.launch.torchrun import Outcome
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.load import load_file
@@ -202,7 +203,7 @@ def test_a_sweep_runs_in_turn_and_stops_at_the_first_that_does_not_finish(
         assert num_ranks == 4
         return outcomes[len(started) - 1]
 
-    monkeypatch.setattr(launcher, "run_ranks", run_ranks)
+    monkeypatch.setattr(start, "run_ranks", run_ranks)
     assert launcher.main(["-m", QUICKSTART, "optim.lr=0.1,0.2"]) == status
     names = ["quickstart-lr-0.1", "quickstart-lr-0.2"]
     assert started == names[:num_started]

@@ -6,6 +6,7 @@ from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.folder import marker_of
 from dsv2_train.cli.compose import compose_values
 from dsv2_train.cli.launch import __main__ as launcher
+from dsv2_train.cli.launch import start
 from dsv2_train.cli.launch.run_folder import inspect
 from dsv2_train.config.load import check, load_file
 from dsv2_train.config.problems import ConfigError
@@ -284,7 +285,7 @@ def test_nothing_begins_that_cannot_be_written(
     """What no look beforehand finds: a link that leads nowhere."""
     write_data_folder(Path("data/stdlib"), vocab_size=4096)
     Path("runs").symlink_to("nowhere/at/all")
-    monkeypatch.setattr(launcher, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(start, "run_ranks", lambda *_: pytest.fail("ranks were started"))
     assert launcher.main(["experiment=quickstart"]) == 2
     told = capsys.readouterr()
     assert told.out == ""

@@ -6,6 +6,7 @@ import pytest
 
 from dsv2_train.cli.cluster import node
 from dsv2_train.cli.cluster.node import first_host, place_in_job
+from dsv2_train.cli.launch import start
 from dsv2_train.cli.launch.place import Place, fits, num_nodes_of
 from dsv2_train.cli.launch.torchrun import Outcome
 from dsv2_train.config.load import to_yaml
@@ -86,12 +87,12 @@ def test_a_status_says_whether_the_run_is_to_go_on(
         write_checkpoint(config, last_step)
         return outcome
 
-    monkeypatch.setattr(node, "run_ranks", run_ranks)
+    monkeypatch.setattr(start, "run_ranks", run_ranks)
     for name, value in JOB.items():
         monkeypatch.setenv(name, value)
     assert node.main(["--config", "c.yaml"]) == status
     if last_step == 40:
-        monkeypatch.setattr(node, "run_ranks", None)
+        monkeypatch.setattr(start, "run_ranks", None)
         assert node.main(["--config", "c.yaml"]) == 0  # finished: nothing is started
 
 

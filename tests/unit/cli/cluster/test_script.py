@@ -38,6 +38,13 @@ printf '%s\\0' "$(basename "$0")" "$@" >> words
 printf '%s' "${NASTY-}" > variable
 exit ${STATUS-0}
 """
+SHOW_JOB = """\
+#!/usr/bin/env bash
+if [[ "$*" == "--oneliner show job 7" ]]; then
+  echo "JobId=7 JobName=x Requeue=1 Restarts=${RESTARTS} BatchFlag=1"
+  exit
+fi
+"""
 
 
 def script_of(config: RunConfig, config_path: str = "/c.yaml", command: str = "submit") -> str:
@@ -48,13 +55,17 @@ def script_of(config: RunConfig, config_path: str = "/c.yaml", command: str = "s
 
 
 def run_script(
-    folder: Path, script: str, status: int = 0, requeue: int = 1
+    folder: Path, script: str, status: int = 0, requeue: int = 1, restarts: int = 0
 ) -> tuple[int, list[str]]:
-    """Run a script where srun and scontrol are recorders; its status, and all words they got."""
+    """Run a script where srun and scontrol are recorders; its status, and all words they got.
+
+    Slurm has begun the job `restarts` times again; the script is of its first run.
+    """
     programs = folder / "programs"
     programs.mkdir(parents=True)
-    for name, ends_with in (("srun", status), ("scontrol", requeue)):
-        (programs / name).write_text(RECORDER.replace("${STATUS-0}", str(ends_with)))
+    show_job = SHOW_JOB.replace("${RESTARTS}", str(restarts))
+    for name, begin, ends_with in (("srun", "", status), ("scontrol", show_job, requeue)):
+        (programs / name).write_text(begin + RECORDER.replace("${STATUS-0}", str(ends_with)))
         (programs / name).chmod(0o755)
     environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "HOME": "/nowhere"}
     done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, timeout=30)
@@ -129,6 +140,8 @@ def test_a_variable_has_a_name_of_a_shell(name: str) -> None:
         ("false", 1, False, 1, 1),
         ("true", 0, False, 1, 0),
         ("true", 2, False, 1, 2),
+        ("true", 126, False, 1, 126),
+        ("true", 127, False, 1, 127),
         ("true", 3, True, 1, 0),
         ("true", 1, True, 1, 1),
         ("true", 137, True, 1, 137),
@@ -142,6 +155,13 @@ def test_what_a_status_of_the_nodes_comes_to(
     done, words = run_script(tmp_path, script, status, refuses)
     assert (done, "scontrol" in words) == (ends_with, asks)
     assert not asks or words[words.index("scontrol") :] == ["scontrol", "requeue", "7"]
+
+
+def test_a_script_that_outlives_its_run_does_not_disturb_the_next(tmp_path: Path) -> None:
+    """Its node was lost to Slurm, which has begun the job again on others."""
+    script = script_of(tiny_config(SLURM, "cluster.slurm.requeue=true"))
+    status, words = run_script(tmp_path, script, 1, restarts=1)
+    assert status == 1 and "scontrol" not in words
 
 
 def test_the_nodes_and_their_parts_are_asked_for() -> None:

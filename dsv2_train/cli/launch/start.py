@@ -1,0 +1,58 @@
+"""The start of a launch on a node: its run folder is owned, then its ranks run."""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from dsv2_train.cli.launch.place import Place
+from dsv2_train.cli.launch.run_folder import Launch, unwritable
+from dsv2_train.cli.launch.torchrun import Outcome, run_ranks
+from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.runs.attempts import SERIES, Start, begin
+from dsv2_train.runs.ownership import ATTEMPT, OwnedError, Owner, owned
+
+
+def start(launch: Launch, place: Place, log_dir: Path, jobs: tuple[str, ...] = ()) -> Outcome:
+    """Run the ranks of this node; the first node owns the run folder meanwhile.
+
+    Args:
+        launch: checked, and not finished.
+        place: this node among all.
+        log_dir: as `run_ranks` takes it.
+        jobs: Slurm's job, and those that it is a continuation of: an attempt of theirs that is
+            still alive is fenced.
+
+    Raises:
+        ConfigError: if another attempt owns the run folder and is alive, or the folder cannot be
+            written; then nothing was.
+        CrashLoopError: if the starts before this one, of the same job, got nowhere.
+    """
+    # Rank 0 may be on any node: all of them must know the name of the attempt.
+    attempt = Owner.this_process(jobs, place.launch_id or None)
+    series = jobs[0] if jobs else attempt.attempt
+    environment = {ATTEMPT: attempt.attempt, SERIES: series}
+    num_ranks = launch.config.parallel.world_size // place.num_nodes
+    cluster = launch.config.cluster
+
+    def run() -> Outcome:
+        return run_ranks(launch.worker, num_ranks, log_dir, place, cluster, environment)
+
+    if place.node != 0:
+        return run()
+    with ExitStack() as stack:
+        before = _own(launch, attempt, stack)
+        if before is not None:
+            print(f"{launch.folder} is taken over from {before}", file=sys.stderr)
+        begin(launch.folder, Start(series, restart=0), cluster.crash_loop)
+        launch.write_config()
+        print(launch.describe(), flush=True)
+        return run()
+
+
+def _own(launch: Launch, attempt: Owner, stack: ExitStack) -> Owner | None:
+    try:
+        return stack.enter_context(owned(launch.folder, attempt))
+    except OwnedError as error:
+        raise ConfigError([Problem("run.name", launch.config.run.name, str(error))]) from error
+    except OSError as error:
+        raise ConfigError([unwritable(launch.config, error.strerror)]) from error

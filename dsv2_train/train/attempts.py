@@ -1,0 +1,51 @@
+"""Starts of a run are written down, and a run that only fails is not started again."""
+
+import os
+import secrets
+import signal
+from dataclasses import replace
+
+from dsv2_train.checkpoint.ranks import Ranks
+from dsv2_train.runs import attempts
+from dsv2_train.runs.attempts import SERIES, CrashLoopError, Start
+from dsv2_train.train.run import Run
+
+
+def this_start(run: Run) -> Start:
+    """Write this start down, if those before it got anywhere.
+
+    Raises:
+        CrashLoopError: on every rank, if as many as `cluster.crash_loop` began at this step and
+            failed.
+
+    Note:
+        Collective over all ranks: one message from the first rank to the others.
+    """
+    # Where no launcher counts its starts each is the first of a series.
+    series = os.environ.get(SERIES) or secrets.token_hex(8)
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    start = Start(series, restart, run.clock.step)
+    loop = Ranks(run.hosts).first(lambda: _begin(run, start))
+    if loop is not None:
+        raise CrashLoopError(loop)
+    return start
+
+
+def end_well(run: Run, start: Start) -> None:
+    """Write down that a start reached its end, or was stopped cleanly; no communication."""
+    if run.env.rank == 0:
+        attempts.record(run.config.run.folder, replace(start, ended_well=True))
+
+
+def end_torchrun() -> None:
+    """Ask torchrun, if it started this rank, to end all ranks of this node and start none again."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.kill(os.getppid(), signal.SIGHUP)
+
+
+def _begin(run: Run, start: Start) -> str | None:
+    try:
+        attempts.begin(run.config.run.folder, start, run.config.cluster.crash_loop)
+    except CrashLoopError as error:
+        return str(error)
+    return None
