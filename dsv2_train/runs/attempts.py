@@ -57,13 +57,16 @@ def record(folder: Path, start: Start) -> None:
         file.write(f"{json.dumps(asdict(start))}\n")
 
 
-def begin(folder: Path, start: Start, limit: int) -> None:
+def begin(folder: Path, start: Start, limit: int) -> Start | None:
     """Record a start, unless those before it got nowhere.
 
     Args:
         folder: of the run.
         start: to be made; or under way, its step known by now.
         limit: starts in a row, of one series and at one step, that may fail.
+
+    Returns:
+        The start before it; None for the first.
 
     Raises:
         CrashLoopError: if so many did; nothing is recorded.
@@ -75,6 +78,7 @@ def begin(folder: Path, start: Start, limit: int) -> None:
     if loop is not None:
         raise CrashLoopError(f"{folder}: {loop}")
     record(folder, start)
+    return starts[-1] if starts else None
 
 
 def why_loop(starts: Sequence[Start], this: Start, limit: int) -> str | None:

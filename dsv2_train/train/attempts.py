@@ -12,7 +12,7 @@ from dsv2_train.train.run import Run
 
 
 def this_start(run: Run) -> Start:
-    """Write this start down, if those before it got anywhere.
+    """Write this start down, if those before it got anywhere; alert if the last one failed.
 
     Raises:
         CrashLoopError: on every rank, if as many as `cluster.crash_loop` began at this step and
@@ -45,7 +45,11 @@ def end_torchrun() -> None:
 
 def _begin(run: Run, start: Start) -> str | None:
     try:
-        attempts.begin(run.config.run.folder, start, run.config.cluster.crash_loop)
+        before = attempts.begin(run.config.run.folder, start, run.config.cluster.crash_loop)
     except CrashLoopError as error:
         return str(error)
+    if before is not None and not before.ended_well and run.monitor is not None:
+        went_on = "never began" if before.step is None else f"went on after step {before.step}"
+        text = f"the start before this one {went_on}, and failed: logs/ has what it left; this one"
+        run.monitor.alert("restart", f"{text} goes on after step {start.step}")
     return None

@@ -100,6 +100,7 @@ def test_ranks_killed_again_and_again(tmp_path: Path, launch: Launch, soak: bool
     status, out, err = end_of(killed)
     assert status == 0, err
     assert f"done: {NUM_STEPS} of {NUM_STEPS} steps" in out
+    assert out.count("ALERT  the start before this one went on after step ") == num_kills
     assert len(list((runs / "killed/logs").glob("launch_0001/*/attempt_*"))) == num_kills + 1
     assert trace(runs / "killed") == trace(runs / "straight")
     tensors = [final_tensors(runs / name, NUM_STEPS) for name in ("killed", "straight")]

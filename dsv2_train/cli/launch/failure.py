@@ -31,7 +31,7 @@ class RankError:
     """The exception that ended a rank.
 
     Attributes:
-        rank: where it was raised.
+        rank: where it was raised, counted on its node.
         message: its class and its text.
         traceback: as Python prints it.
     """
@@ -68,7 +68,9 @@ def first_error(log_dir: Path) -> RankError | None:
     return RankError(rank, entry["message"], entry["extraInfo"]["py_callstack"])
 
 
-def describe_failure(log_dir: Path, torchrun_said: str, torchrun_status: int) -> str:
+def describe_failure(
+    log_dir: Path, torchrun_said: str, torchrun_status: int, node: int | None = None
+) -> str:
     """What a person needs after ranks have failed.
 
     A rank that was killed comes before any exception: those of its neighbours, which lost the
@@ -78,8 +80,9 @@ def describe_failure(log_dir: Path, torchrun_said: str, torchrun_status: int) ->
         log_dir: the folder that torchrun was given.
         torchrun_said: its standard error, which alone tells of ranks that were killed.
         torchrun_status: its exit status, negative if a signal ended it.
+        node: of several, this one.
     """
-    reasons = [*_killed(torchrun_said), *_raised(first_error(log_dir))]
+    reasons = [*_killed(torchrun_said), *_raised(first_error(log_dir), node)]
     if torchrun_status < 0:
         reasons.insert(0, f"torchrun {_was_killed_by(-torchrun_status)}")
     if not reasons:
@@ -112,10 +115,11 @@ def _was_killed_by(number: int) -> str:
     return f"was killed by {signal.Signals(number).name}{hint}"
 
 
-def _raised(error: RankError | None) -> list[str]:
+def _raised(error: RankError | None, node: int | None) -> list[str]:
     if error is None:
         return []
     if error.kind in _PLAIN_ERRORS:
         return [error.message.partition(":")[2].lstrip()]
     tail = (error.traceback or error.message).rstrip().splitlines()[-_TRACEBACK_LINES:]
-    return [f"rank {error.rank} raised first:", *(f"  {line}" for line in tail)]
+    who = f"rank {error.rank}" if node is None else f"local rank {error.rank} of node {node}"
+    return [f"{who} raised first:", *(f"  {line}" for line in tail)]

@@ -101,7 +101,8 @@ def run_ranks(
     if stop.was_asked and error is None:
         print("stopped while the ranks could not yet, or no longer, save", file=sys.stderr)
         return Outcome(EXIT_FAILED, True)
-    print(describe_failure(log_dir, "".join(said), status), file=sys.stderr)
+    node = None if place.num_nodes == 1 else place.node
+    print(describe_failure(log_dir, "".join(said), status, node), file=sys.stderr)
     refused = error is not None and error.is_config_error
     return Outcome(EXIT_CONFIG_ERROR if refused else EXIT_FAILED, stop.was_asked)
 

@@ -35,6 +35,7 @@ def test_the_first_error_written_is_the_one_shown(tmp_path: Path) -> None:
     assert "ValueError: boom" in told
     assert "Connection" not in told
     assert str(tmp_path) in told
+    assert "local rank 3 of node 1 raised first:" in describe_failure(tmp_path, "", 1, node=1)
 
 
 def test_after_restarts_the_last_start_is_told(tmp_path: Path) -> None:

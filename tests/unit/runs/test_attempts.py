@@ -70,10 +70,10 @@ def test_only_as_many_failures_at_this_step_as_the_limit_are_a_loop(
 
 
 def test_a_start_is_one_from_its_launch_to_its_end(tmp_path: Path) -> None:
-    begin(tmp_path, Start("a", 0), limit=1)
-    begin(tmp_path, Start("a", 0, 4), limit=1)
+    assert begin(tmp_path, Start("a", 0), limit=1) is None
+    assert begin(tmp_path, Start("a", 0, 4), limit=1) is None
     record(tmp_path, Start("a", 0, 4, ended_well=True))
-    begin(tmp_path, Start("a", 0), limit=1)
+    assert begin(tmp_path, Start("a", 0), limit=1) == Start("a", 0, 4, ended_well=True)
     assert read_starts(tmp_path) == [Start("a", 0, 4, ended_well=True), Start("a", 0)]
 
 
