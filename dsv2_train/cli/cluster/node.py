@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsv2_train.cli.cluster.record import chain_of
-from dsv2_train.cli.launch.place import Place
-from dsv2_train.cli.launch.run_folder import inspect, on_nodes
+from dsv2_train.cli.launch.place import Place, on_nodes
 from dsv2_train.cli.launch.start import start
 from dsv2_train.cli.main import EXIT_STOPPED, report_errors
+from dsv2_train.cli.run_folder.inspect import inspect
 from dsv2_train.config.load import load_file
 
 # Below those that Linux gives to connections; jobs on one node are rarely 10,000 apart.

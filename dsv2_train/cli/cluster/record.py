@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
-from dsv2_train.cli.launch.run_folder import numbered
+from dsv2_train.cli.run_folder.launch import numbered
 
 _REPOSITORY = Path(__file__).resolve().parents[3]
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)

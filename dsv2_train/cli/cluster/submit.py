@@ -19,9 +19,10 @@ from dsv2_train.cli.cluster.record import (
 )
 from dsv2_train.cli.cluster.script import Job
 from dsv2_train.cli.launch.place import fits, num_nodes_of
-from dsv2_train.cli.launch.run_folder import Launch, inspect
 from dsv2_train.cli.main import report_errors
 from dsv2_train.cli.resolve import examine
+from dsv2_train.cli.run_folder.inspect import inspect
+from dsv2_train.cli.run_folder.launch import Launch
 from dsv2_train.config.load import to_yaml
 from dsv2_train.config.problems import ConfigError, Problem, passing_over_absent
 from dsv2_train.config.run import RunConfig

@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
-from dsv2_train.cli.launch.place import Place
-from dsv2_train.cli.launch.run_folder import Launch, inspect, on_nodes
+from dsv2_train.cli.launch.place import Place, on_nodes
 from dsv2_train.cli.launch.start import start
 from dsv2_train.cli.launch.sweep import named_runs
 from dsv2_train.cli.launch.torchrun import Outcome
 from dsv2_train.cli.main import report_errors
 from dsv2_train.cli.resolve import examine, resolve
+from dsv2_train.cli.run_folder.inspect import inspect
+from dsv2_train.cli.run_folder.launch import Launch
 from dsv2_train.config.load import to_yaml
 from dsv2_train.config.problems import ConfigError, Problem
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dsv2_train.cli.launch.devices import enough_devices
 from dsv2_train.config.problems import Check, Problem
 from dsv2_train.config.run import RunConfig
 
@@ -39,6 +40,11 @@ class Place:
             f"--rdzv-id={self.launch_id}",
             f"--rdzv-conf={conf},join_timeout={_JOIN_TIMEOUT_S}",
         ]
+
+
+def on_nodes(num_nodes: int) -> tuple[Check, ...]:
+    """Checks of a run against so many nodes like this one."""
+    return (fits(num_nodes), enough_devices(num_nodes))
 
 
 def fits(num_nodes: int) -> Check:

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dsv2_train.cli.launch.place import Place
-from dsv2_train.cli.launch.run_folder import Launch, unwritable
 from dsv2_train.cli.launch.torchrun import Outcome, run_ranks
+from dsv2_train.cli.run_folder.launch import Launch, unwritable
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.runs.attempts import SERIES, Start, begin
 from dsv2_train.runs.ownership import ATTEMPT, OwnedError, Owner, owned

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.cli.launch.run_folder import inspect
+from dsv2_train.cli.run_folder.inspect import inspect
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.config.run import RunConfig
 from tests.helpers.tiny import tiny_config

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.cli.resume.changes import (
+from dsv2_train.cli.run_folder.changes import (
     Change,
     changes,
     other_samples,

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.cli.launch import devices
-from dsv2_train.cli.launch.run_folder import inspect
+from dsv2_train.cli.launch.place import on_nodes
+from dsv2_train.cli.run_folder.inspect import inspect
 from dsv2_train.config.problems import ConfigError
 from tests.helpers.tiny import tiny_config
 
@@ -67,10 +68,10 @@ def test_more_ranks_than_devices_are_refused_before_they_start(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     config = tiny_config(f"parallel.world_size={world_size}")
     if not refused:
-        assert inspect(config).config == config
+        assert inspect(config, machines=on_nodes(1)).config == config
         return
     with pytest.raises(ConfigError) as caught:
-        inspect(config)
+        inspect(config, machines=on_nodes(1))
     (problem,) = caught.value.problems
     assert str(problem).startswith(f"parallel.world_size: found {world_size}; must be at most ")
     assert "CUDA_VISIBLE_DEVICES=" in problem.allowed

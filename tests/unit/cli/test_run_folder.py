@@ -7,7 +7,8 @@ from dsv2_train.checkpoint.disk.folder import marker_of
 from dsv2_train.cli.compose import compose_values
 from dsv2_train.cli.launch import __main__ as launcher
 from dsv2_train.cli.launch import start
-from dsv2_train.cli.launch.run_folder import inspect
+from dsv2_train.cli.launch.place import on_nodes
+from dsv2_train.cli.run_folder.inspect import inspect
 from dsv2_train.config.load import check, load_file
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.config.run import RunConfig
@@ -51,7 +52,7 @@ def test_what_is_known_to_be_wrong_does_not_hide_what_this_node_lacks() -> None:
     values, _ = compose_values(["experiment=quickstart", "parallel.pp=0", "parallel.world_size=64"])
     partial, problems = check(values)
     with pytest.raises(ConfigError) as caught:
-        inspect(partial, problems)
+        inspect(partial, problems, machines=on_nodes(1))
     assert [problem.path for problem in caught.value.problems] == [
         "parallel.pp",
         "parallel.world_size",
@@ -130,7 +131,9 @@ def test_if_all_are_damaged_no_run_begins_anew(name: str) -> None:
     for step in (10, 20):
         damage(write_checkpoint(config(), step) / name, None)
     with pytest.raises(ConfigError) as caught:
-        inspect(config("parallel.world_size=16", "recipe.global_batch_size=32"))
+        inspect(
+            config("parallel.world_size=16", "recipe.global_batch_size=32"), machines=on_nodes(1)
+        )
     paths = [problem.path.rpartition("/")[2] for problem in caught.value.problems]
     assert paths == ["parallel.world_size", "checkpoints"], "it hides no other problem"
     told = str(caught.value)
@@ -241,7 +244,9 @@ def test_the_checkpoint_decides_not_the_last_launch() -> None:
 
 def test_one_node_is_the_limit() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.world_size: found 16; must be at most"):
-        inspect(config("parallel.world_size=16", "recipe.global_batch_size=32"))
+        inspect(
+            config("parallel.world_size=16", "recipe.global_batch_size=32"), machines=on_nodes(1)
+        )
 
 
 def test_config_is_written_and_the_one_before_is_kept() -> None:
