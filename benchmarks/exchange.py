@@ -56,7 +56,7 @@ def _config(ep: int) -> RunConfig:
 
 
 class _Tokens:
-    """One rank's micro-batch: hidden states and gate values to differentiate, assignments."""
+    """One rank's microbatch: hidden states and gate values to differentiate, assignments."""
 
     def __init__(self, config: RunConfig, rank: int, num_tokens: int) -> None:
         model = config.model

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class Received:
-    """Bytes that a rank receives from others, for one micro-batch and layer.
+    """Bytes that a rank receives from others, for one microbatch and layer.
 
     Attributes:
         rows: hidden states and their gradients.

@@ -40,7 +40,7 @@ _OVERRIDES = {
 
 
 def workload(num_experts: int, sequence_length: int) -> RunConfig:
-    """The configuration: 1,024 tokens a step in one micro-batch; balance losses off (peers differ).
+    """The configuration: 1,024 tokens a step in one microbatch; balance losses off (peers differ).
 
     Args:
         num_experts: routed experts of a layer; 6 serve a token whatever their number.

@@ -10,7 +10,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 @dataclass(frozen=True)
 class Traits:
-    """What is particular to a schedule. Every schedule runs every number of micro-batches.
+    """What is particular to a schedule. Every schedule runs every number of microbatches.
 
     Attributes:
         least_chunks: on each stage.
@@ -48,6 +48,6 @@ TRAITS: Mapping[str, Traits] = {
 def placement_shape(schedule: str, num_chunks: int) -> Literal["loop", "v"]:
     """How the chunks of a schedule lie on its stages (`config.placement.Placement`).
 
-    It does not depend on the number of micro-batches, so that a run may change that.
+    It does not depend on the number of microbatches, so that a run may change that.
     """
     return TRAITS[schedule].shape_of_two if num_chunks == 2 else "loop"

@@ -1,6 +1,6 @@
 """Batches of a data folder: windows gathered from the mapped token stream.
 
-b samples per micro-batch, s tokens per sample (sequence_length).
+b samples per microbatch, s tokens per sample (sequence_length).
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from dsv2_train.data.sampler import (
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank.
+    """One microbatch of one rank.
 
     Attributes:
         tokens: [b, s] int64.
@@ -108,7 +108,7 @@ def batches(
     dp_rank: int,
     dp_size: int,
 ) -> Iterator[Batch]:
-    """The micro-batches of one rank in the step or evaluation that starts at `consumed_samples`."""
+    """The microbatches of one rank in the step or evaluation that starts at `consumed_samples`."""
     places = step_places(
         consumed_samples,
         num_microbatches=num_microbatches,

@@ -44,7 +44,7 @@ def step_places(
 ) -> Ids:
     """Places in the run's order of one rank's samples, in the step that starts at a clock.
 
-    Micro-batch j of rank r takes the `micro_batch_size` places that start at
+    Microbatch j of rank r takes the `micro_batch_size` places that start at
     consumed_samples + (j * dp_size + r) * micro_batch_size: the ranks of a step together take the
     same samples at any dp_size.
 

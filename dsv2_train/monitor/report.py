@@ -42,8 +42,8 @@ class StartUp:
         parameters_per_rank: on a rank of each pipeline stage.
         sequence_length: tokens a sample.
         global_batch_size: samples a step, now.
-        micro_batch_size: samples a micro-batch.
-        num_microbatches: micro-batches of a step on each pipeline, now.
+        micro_batch_size: samples a microbatch.
+        num_microbatches: microbatches of a step on each pipeline, now.
         first_step: steps already done.
         total_steps: steps of the run.
         total_tokens: tokens of the run.
@@ -140,7 +140,7 @@ def _facts(start: StartUp) -> Iterable[tuple[str, str]]:
         f"{tokens_a_step:,} tokens a step",
     )
     yield (
-        "micro-batches",
+        "microbatches",
         f"{start.num_microbatches:,} of {start.micro_batch_size} samples on each pipeline",
     )
     yield "steps", f"{start.first_step:,} to {start.total_steps:,}, {start.total_tokens:,} tokens"

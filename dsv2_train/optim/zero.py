@@ -70,7 +70,7 @@ class ZeroOptimizer:
         set_step(self._adam, step)
 
     def zero_grad(self) -> None:
-        """Zero the gradient buffers; before the first micro-batch of a step."""
+        """Zero the gradient buffers; before the first microbatch of a step."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
 

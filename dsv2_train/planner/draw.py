@@ -22,8 +22,6 @@ def draw_step(config: RunConfig, folder: Path) -> str:
     microbatches = num_microbatches(config, batch_size_at(config.recipe, 0))
     simulation = simulated_step(config, microbatches)
     timeline = of_simulation(simulation)
-    title = (
-        f"{config.parallel.schedule}, {microbatches} micro-batches, {simulation.bubble:.1%} idle"
-    )
+    title = f"{config.parallel.schedule}, {microbatches} microbatches, {simulation.bubble:.1%} idle"
     write({title: timeline}, folder, "pipeline")
     return f"{title}\n{as_text(timeline, width=110)}"

@@ -26,7 +26,7 @@ class Run:
 
     Attributes:
         chunks: this rank's part of the model, wrapped for data parallelism, by chunk.
-        executor: runs micro-batches through the pipeline.
+        executor: runs microbatches through the pipeline.
         monitor: on the rank that writes metrics, else None.
         world: the group of all ranks.
         hosts: all ranks, over a back end that takes host tensors and objects.
@@ -63,5 +63,5 @@ class Run:
         return self.clock.step % self.config.recipe.eval_every_steps == 0 or self.is_done
 
     def num_microbatches(self, num_samples: int) -> int:
-        """Micro-batches of each pipeline, if the pipelines share `num_samples`."""
+        """Microbatches of each pipeline, if the pipelines share `num_samples`."""
         return num_samples // (self.config.recipe.micro_batch_size * self.groups.dp.size())

@@ -58,7 +58,7 @@ def measure(run: Run, point: Point) -> StepResult:
 def forward_backward(
     run: Run, data: Iterator[Batch], num_microbatches: int, *, forward_only: bool
 ) -> list[dict[str, Tensor]]:
-    """Run micro-batches through the pipeline; on the last stage, the loss of each."""
+    """Run microbatches through the pipeline; on the last stage, the loss of each."""
     return run.executor(
         forward_step_func=partial(_forward_step, run=run),
         data_iterator=itertools.tee(data, len(run.chunks)),

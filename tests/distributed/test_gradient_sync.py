@@ -18,7 +18,7 @@ from dsv2_train.pipeline.stage.stage import StageStep
 from tests.helpers.pipeline import Pipeline, pipeline_config
 from tests.helpers.world import World
 
-COUNT = 2  # micro-batches
+COUNT = 2  # microbatches
 Traced = list[tuple[str, frozenset[str], Op | None]]  # what, the weights it is of, during which op
 
 

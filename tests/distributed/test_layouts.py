@@ -35,11 +35,11 @@ ALPHAS = (
 
 LAYOUTS = {
     "PP1 EP1": (1, ()),
-    "PP1 EP1, 4 micro-batches": (1, ("recipe.micro_batch_size=2",)),
-    "PP1 EP1, 2 micro-batches": (1, ("recipe.micro_batch_size=4",)),
-    "PP1 EP1, 1 micro-batch": (1, ("recipe.micro_batch_size=8",)),
+    "PP1 EP1, 4 microbatches": (1, ("recipe.micro_batch_size=2",)),
+    "PP1 EP1, 2 microbatches": (1, ("recipe.micro_batch_size=4",)),
+    "PP1 EP1, 1 microbatch": (1, ("recipe.micro_batch_size=8",)),
     "PP1 EP1, recompute": (1, ("parallel.recompute=[moe,mla_up_projection]",)),
-    "PP1 EP2, 2 micro-batches, recompute": (
+    "PP1 EP2, 2 microbatches, recompute": (
         2,
         ("parallel.ep=2", "recipe.micro_batch_size=2", "parallel.recompute=[moe]"),
     ),
@@ -202,7 +202,7 @@ def test_a_run_tells_the_same_at_any_layout(
         return *rows[0], lines
 
     expected, by_hand, _ = run("PP1 EP1")
-    # fp32 means over the samples of a micro-batch.
+    # fp32 means over the samples of a microbatch.
     assert expected[-1]["eval/loss"] == pytest.approx(by_hand, rel=1e-6)
     rows, _, lines = run(layout)
     assert [row["step"] for row in rows] == [row["step"] for row in expected]

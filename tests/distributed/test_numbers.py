@@ -134,7 +134,7 @@ def _run(world: World, config: RunConfig, fault: Fault) -> list[Ended]:
 def test_a_skipped_step_is_one_whose_update_is_omitted(
     world: World, tmp_path: Path, layout: str
 ) -> None:
-    """Sample 19 is in the third step, in the second micro-batch of the second pipeline."""
+    """Sample 19 is in the third step, in the second microbatch of the second pipeline."""
     skipping = _config(tmp_path, "skipping", layout)
     skipped = _run(world, skipping, Fault([19]))
     omitting = _config(tmp_path, "omitting", layout)
@@ -162,7 +162,7 @@ def test_what_is_known_of_a_bad_step_is_written_down(world: World, tmp_path: Pat
     assert found == list(range(16, 24))
     bad = [each for each in record["microbatches"] if each["loss"] == "NaN"]
     assert bad == [{"rank": 3, "sample_ids": [19], "loss": "NaN"}]
-    # The embedding's NaN reaches the first mixture on the rank of that micro-batch.
+    # The embedding's NaN reaches the first mixture on the rank of that microbatch.
     assert record["router_logits_not_finite"][0] == {"layer": 1, "rank": 1, "num_tokens": 24}
     gradients = record["gradients"]
     assert gradients["embedding.word_embeddings.weight"]["num_not_finite"] > 0

@@ -20,7 +20,7 @@ from tests.helpers.gradients import whole_gradients
 from tests.helpers.pipeline import Pipeline, Stepped, pipeline_config, run_steps
 from tests.helpers.world import World
 
-COUNTS = (1, 3, 8)  # micro-batches
+COUNTS = (1, 3, 8)  # microbatches
 
 
 def _of(schedule: str, chunks: int = 1, pp: int = 2, *more: str) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ MORE = {
 
 
 def _run(world: World, config: RunConfig) -> list[list[Stepped]]:
-    """By number of micro-batches, then rank."""
+    """By number of microbatches, then rank."""
     ranks = world.run(run_steps, config.parallel.world_size, config, COUNTS)
     return [list(step) for step in zip(*ranks, strict=True)]
 
@@ -120,7 +120,7 @@ def test_gradients_are_those_without_a_pipeline(
     for precision, references in alone.items():
         config = pipeline_config(size, f"recipe.precision={precision}", *overrides)
         for count, ranks, expected in zip(COUNTS, _run(world, config), references, strict=True):
-            # Of a weight, every schedule adds the micro-batches in the same order: to the bit.
+            # Of a weight, every schedule adds the microbatches in the same order: to the bit.
             _require_equal(_whole(ranks), expected, 0.0)
             plan = run_plan(config, count)
             for stage, ran in enumerate(ranks):
@@ -140,7 +140,7 @@ def test_with_expert_and_data_ranks(
 
 
 def _by_hand(rank: int, config: RunConfig, count: int) -> dict[str, torch.Tensor]:
-    """One process, torch's own backward pass, micro-batch by micro-batch, no buffers."""
+    """One process, torch's own backward pass, microbatch by microbatch, no buffers."""
     pipeline = Pipeline(config)
     [chunk] = pipeline.chunks
     for parameter in chunk.parameters():

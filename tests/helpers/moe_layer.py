@@ -18,7 +18,7 @@ from tests.helpers.tiny import tiny_config
 
 @dataclass(frozen=True)
 class Case:
-    """One micro-batch of the whole group.
+    """One microbatch of the whole group.
 
     `skew` is a bias on the logits of the experts by their index: 0 none, large values send all
     tokens to the last rank and none to the others; None makes all affinities equal (ties).

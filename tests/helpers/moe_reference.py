@@ -1,6 +1,6 @@
 """The mixture-of-experts layer in one process, written from the paper's equations, token by token.
 
-It sees the concatenated micro-batch of an expert-parallel group. Nothing of dsv2_train is used.
+It sees the concatenated microbatch of an expert-parallel group. Nothing of dsv2_train is used.
 """
 
 import math

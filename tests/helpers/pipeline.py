@@ -109,7 +109,7 @@ class Pipeline:
 
 
 def run_steps(rank: int, config: RunConfig, counts: tuple[int, ...]) -> list[Stepped]:
-    """Steps of so many micro-batches, one after the other with the same weights."""
+    """Steps of so many microbatches, one after the other with the same weights."""
     pipeline = Pipeline(config)
     results = [pipeline.step(count) for count in counts]
     process_groups.destroy()

@@ -25,7 +25,7 @@ NUM_LAYERS = 4
 
 
 def whole_value(name: str, what: str) -> Tensor:
-    """Values of a whole parameter, or of its gradient for one rank, step and micro-batch.
+    """Values of a whole parameter, or of its gradient for one rank, step and microbatch.
 
     Multiples of 1/8 in a small range: exact in bf16, and so are their sums in fp32.
     """

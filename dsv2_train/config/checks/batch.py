@@ -20,7 +20,7 @@ def _milestones(config: RunConfig) -> Iterator[Problem]:
 
 
 def _whole_microbatches(path: str) -> Check:
-    """A number of samples is cut into micro-batches, the same on every data-parallel rank."""
+    """A number of samples is cut into microbatches, the same on every data-parallel rank."""
 
     def check(config: RunConfig) -> Iterator[Problem]:
         size = value_at(config, path)

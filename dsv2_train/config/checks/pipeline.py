@@ -67,7 +67,7 @@ def _only_a_search_has_room(config: RunConfig) -> Iterator[Problem]:
 def _room_for_every_chunk(config: RunConfig) -> Iterator[Problem]:
     room, chunks = config.parallel.max_activations, config.parallel.chunks
     if room is not None and room < chunks:
-        allowed = f"must be at least parallel.chunks = {chunks}: every chunk holds a micro-batch"
+        allowed = f"must be at least parallel.chunks = {chunks}: every chunk holds a microbatch"
         yield Problem("parallel.max_activations", room, allowed)
 
 

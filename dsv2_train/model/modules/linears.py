@@ -96,7 +96,7 @@ def take_weight_gradients(module: nn.Module) -> None:
     """Let the linears of transformer-engine add to `main_grad` themselves, now or when asked.
 
     After construction: megatron-core 0.16.1's `gradient_accumulation_fusion` asks apex of its local
-    linears as well, its `delay_wgrad_compute` two micro-batches whose experts overlap.
+    linears as well, its `delay_wgrad_compute` two microbatches whose experts overlap.
 
     Args:
         module: to be trained under megatron-core's data-parallel wrapper.

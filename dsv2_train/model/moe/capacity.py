@@ -75,7 +75,7 @@ def surviving(keys: Tensor, num_device_groups: int, budget: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DeviceCapacity:
-    """Which assignments of a micro-batch are computed.
+    """Which assignments of a microbatch are computed.
 
     Attributes:
         factor: the budget over the mean load of the device groups.
@@ -93,7 +93,7 @@ class DeviceCapacity:
         """Which assignments survive, the same on every rank of the group.
 
         Args:
-            affinities: [S, B, E], of this rank's micro-batch.
+            affinities: [S, B, E], of this rank's microbatch.
             experts: [S * B, K] int64, selected by each token.
             exempt: [B] bool, sequences that lose nothing.
 

@@ -35,7 +35,7 @@ class ExpertRows:
 
 
 class Dispatch(Protocol):
-    """One micro-batch on its way to the ranks of its experts, and back; issued when made."""
+    """One microbatch on its way to the ranks of its experts, and back; issued when made."""
 
     def arrived(self) -> ExpertRows:
         """Wait; then the rows of this rank's experts."""

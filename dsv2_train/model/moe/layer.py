@@ -25,7 +25,7 @@ class MixtureOfExperts(MoELayer):
     """DeepSeekMoE across devices, in megatron-core 0.16.1's place for a layer of experts.
 
     Attributes:
-        exempt: [B] bool, sequences of the next micro-batch that lose nothing to device capacity.
+        exempt: [B] bool, sequences of the next microbatch that lose nothing to device capacity.
             Required in training with a capacity, not read otherwise.
         statistics: [W] float64, flat `LayerStatistics` of this rank's training tokens, added up
             until someone zeroes it.

@@ -17,7 +17,7 @@ from dsv2_train.ops.linear import linear
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the tokens of a micro-batch go, before any dropping.
+    """Where the tokens of a microbatch go, before any dropping.
 
     Attributes:
         affinities: [S, B, E] in the routing dtype, softmax over all routed experts.
@@ -82,7 +82,7 @@ def _with_balance_losses(
     """Attach the losses to the gates.
 
     megatron-core's node hands the weighted loss the gradient that its schedules set, in a setting
-    of the whole process, on every stage and for every micro-batch: that of the main loss.
+    of the whole process, on every stage and for every microbatch: that of the main loss.
     """
     weighted = (
         config.expert_balance_alpha * losses.expert

@@ -15,7 +15,7 @@ from dsv2_train.model.moe.router import Routing
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Sums over micro-batches of training; every field may have leading dimensions.
+    """Sums over microbatches of training; every field may have leading dimensions.
 
     Attributes:
         expert_counts: [E] assignments before dropping.
@@ -25,7 +25,7 @@ class LayerStatistics:
         num_dropped_assignments: [] assignments dropped.
         num_exempt_tokens: [] tokens of sequences that are exempt from dropping.
         num_tokens: [] tokens.
-        num_microbatches: [] micro-batches.
+        num_microbatches: [] microbatches.
         num_bad_tokens: [] tokens whose router logits are not finite.
     """
 
@@ -74,7 +74,7 @@ def _widths(num_experts: int, num_device_groups: int) -> list[int]:
 def count(
     routing: Routing, kept: Tensor | None, exempt: Tensor | None, num_device_groups: int
 ) -> LayerStatistics:
-    """Count one micro-batch of this rank.
+    """Count one microbatch of this rank.
 
     Args:
         routing: its routing.

@@ -18,7 +18,7 @@ _ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 def run_costs(config: RunConfig) -> Costs:
-    """Durations of a run's chunks and messages for a micro-batch.
+    """Durations of a run's chunks and messages for a microbatch.
 
     At the speeds of a core where `cluster.device` is cpu, of an H800 elsewhere.
     """

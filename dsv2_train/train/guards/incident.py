@@ -24,7 +24,7 @@ _MOST_NAMES = 3
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A micro-batch of the step.
+    """A microbatch of the step.
 
     Attributes:
         rank: which computed its loss.
@@ -65,7 +65,7 @@ class Incident:
 
     @property
     def bad_samples(self) -> SkipList:
-        """Samples of micro-batches whose loss is not finite."""
+        """Samples of microbatches whose loss is not finite."""
         bad = [each for each in self.microbatches if not math.isfinite(each.loss)]
         return joined((), [(one, one + 1) for each in bad for one in each.sample_ids])
 

@@ -33,7 +33,7 @@ class StepResult:
         loss: mean over the tokens of the step; the same bits on every rank.
         grad_norm: global norm before clipping; the same bits on every rank.
         norm: [] fp64, the same number on the device.
-        microbatch_losses: [] each, of this rank's micro-batches in order; on the last stage only.
+        microbatch_losses: [] each, of this rank's microbatches in order; on the last stage only.
     """
 
     loss: float

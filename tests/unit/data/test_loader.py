@@ -35,7 +35,7 @@ def stream(folder: Path, split: str) -> list[int]:
 
 
 def one_by_one(split: Split, first: int, count: int) -> Iterator[Batch]:
-    """The reference order: one rank, one sample a micro-batch."""
+    """The reference order: one rank, one sample a microbatch."""
     return batches(
         split,
         consumed_samples=first,

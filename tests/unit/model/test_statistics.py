@@ -1,4 +1,4 @@
-"""What a micro-batch is counted as, by hand, and the flat vector that is summed over ranks."""
+"""What a microbatch is counted as, by hand, and the flat vector that is summed over ranks."""
 
 import dataclasses
 from math import log

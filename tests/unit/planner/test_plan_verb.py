@@ -78,7 +78,7 @@ def test_the_first_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[s
     layout = ("parallel.pp=4", "parallel.ep=1", "parallel.schedule=1f1b")
     assert main(["plan", "experiment=quickstart", *layout, "--draw", str(folder)]) == 0
     text = capsys.readouterr().out
-    lines = text[text.index("1f1b, 4 micro-batches") :].splitlines()
+    lines = text[text.index("1f1b, 4 microbatches") :].splitlines()
     assert [line[:2] for line in lines[1:5]] == ["0 ", "1 ", "2 ", "3 "]
     assert lines[1].startswith("0 FF") and lines[4].startswith("3 ..")
     assert (folder / "pipeline.png").read_bytes().startswith(b"\x89PNG")
