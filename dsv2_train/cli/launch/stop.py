@@ -25,57 +25,61 @@ _TELL_AGAIN_S = 2.0
 
 
 class Stop:
-    """Requests to stop, counted, while torchrun runs.
-
-    Args:
-        torchrun: the process whose children are the ranks of this node.
+    """Requests to stop, counted, from before torchrun is started until it has ended.
 
     Attributes:
         was_asked: a request came.
         has_killed: a second one came, and everything was killed.
     """
 
-    def __init__(self, torchrun: subprocess.Popen[bytes]) -> None:
+    def __init__(self) -> None:
         self.was_asked = False
         self.has_killed = False
-        self._torchrun = torchrun
+        self._torchrun: subprocess.Popen[bytes] | None = None
         self._asked_s = 0.0
 
-    def wait(self) -> int:
+    def wait(self, torchrun: subprocess.Popen[bytes]) -> int:
         """Wait for torchrun, and tell its ranks to stop for as long as they are asked to.
 
         A rank that was just started hears of it when it can.
 
+        Args:
+            torchrun: the process whose children are the ranks of this node.
+
         Returns:
             Exit status of torchrun.
         """
+        self._torchrun = torchrun
+        if self.was_asked:
+            torchrun.send_signal(END_TORCHRUN)
         while True:
             try:
-                return self._torchrun.wait(_TELL_AGAIN_S)
+                return torchrun.wait(_TELL_AGAIN_S)
             except subprocess.TimeoutExpired:
                 if self.was_asked:
-                    send(STOP_WHEN_YOU_CAN, children(self._torchrun.pid))
+                    send(STOP_WHEN_YOU_CAN, children(torchrun.pid))
 
     def heed(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal: what comes within two seconds of the first one is the same request."""
-        now_s, ranks = time.monotonic(), children(self._torchrun.pid)
+        now_s, torchrun = time.monotonic(), self._torchrun
+        ranks = [] if torchrun is None else children(torchrun.pid)
         if not self.was_asked:
             self.was_asked, self._asked_s = True, now_s
             _say(f"asked to stop ({signal.Signals(number).name}): ranks save, and stop")
             if ranks:
                 send(STOP_WHEN_YOU_CAN, ranks)
-            else:
-                self._torchrun.send_signal(END_TORCHRUN)
+            elif torchrun is not None:
+                torchrun.send_signal(END_TORCHRUN)
         elif now_s - self._asked_s > ONE_REQUEST_S:
             self.has_killed = True
             _say(f"asked again ({signal.Signals(number).name}): killed")
-            send(signal.SIGKILL, [self._torchrun.pid, *ranks])
+            send(signal.SIGKILL, [*([torchrun.pid] if torchrun else []), *ranks])
 
 
 @contextmanager
-def heeding_signals(torchrun: subprocess.Popen[bytes]) -> Iterator[Stop]:
+def heeding_signals() -> Iterator[Stop]:
     """Heed signals while the block runs; one that this process ignores stays ignored (nohup)."""
-    stop = Stop(torchrun)
+    stop = Stop()
     heeded = [each for each in ASKING if signal.getsignal(each) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, stop.heed) for number in heeded}
     try:

@@ -72,20 +72,20 @@ def run_ranks(
     watchdog = _watchdog(log_dir, place, cluster)
     max_restarts = 0 if cluster is None else cluster.max_restarts
     options = [f"--max-restarts={max_restarts}", *place.rendezvous]
-    process = subprocess.Popen(
-        [*_torchrun(num_ranks, log_dir), *options, *worker],
-        env={**_environment(num_ranks, cluster), **watchdog.environment, **more},
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        preexec_fn=_ignore_what_the_launcher_heeds,
-    )
-    assert process.stderr is not None
     said: list[str] = []
-    reader = threading.Thread(target=_pass_on, args=(process.stderr, said), daemon=True)
-    reader.start()
-    with heeding_signals(process) as stop, watchdog.watching():
-        status = stop.wait()
+    with heeding_signals() as stop, watchdog.watching():
+        process = subprocess.Popen(
+            [*_torchrun(num_ranks, log_dir), *options, *worker],
+            env={**_environment(num_ranks, cluster), **watchdog.environment, **more},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_ignore_what_the_launcher_heeds,
+        )
+        assert process.stderr is not None
+        reader = threading.Thread(target=_pass_on, args=(process.stderr, said), daemon=True)
+        reader.start()
+        status = stop.wait(process)
         _end_leftovers()
     reader.join()
     if status == 0:
