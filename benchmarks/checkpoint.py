@@ -249,7 +249,7 @@ def _behind(folder: Path, pieces: list[Piece], repeats: int) -> tuple[Times, dic
         state = TrainState(repeat + 1, 1, 1, 1)
         dist.barrier()
         start_s = time.perf_counter()
-        manager.begin(state, pieces, _CONFIG)
+        manager.save_async(state, pieces, _CONFIG)
         stalls.append(time.perf_counter() - start_s)
         during.append(_step_s(matrix))
         manager.wait()

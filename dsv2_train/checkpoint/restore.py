@@ -14,7 +14,7 @@ from dsv2_train.checkpoint.disk.checksum import add_checksums
 from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
 from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.ranks import Ranks
+from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.distributed.sharding import Piece
 
 _NONE_LEFT = (
@@ -37,8 +37,8 @@ class Restored:
     passed_over: tuple[str, ...]
 
 
-def restore(
-    ranks: Ranks, folder: Path, pieces: Sequence[Piece], at_most_step: int | None = None
+def restore_newest(
+    ranks: RankGroup, folder: Path, pieces: Sequence[Piece], at_most_step: int | None = None
 ) -> Restored | None:
     """Fill pieces from the newest intact checkpoint; see `CheckpointManager.restore`.
 
@@ -58,7 +58,7 @@ def restore(
     Note:
         Collective over all ranks.
     """
-    paths = ranks.first(lambda: layout.step_folders(folder))
+    paths = ranks.on_rank0(lambda: layout.step_folders(folder))
     later: list[Path] = []
     if at_most_step is not None:
         later = [path for path in paths if (layout.step_of(path) or 0) > at_most_step]
@@ -73,7 +73,7 @@ def restore(
             passed_over[path] = str(error)
         else:
             take = partial(_take, path, passed_over, later)
-            return Restored(state, ranks.first(take))
+            return Restored(state, ranks.on_rank0(take))
     if paths:
         heading = f"{folder}: no checkpoint of this run is intact:"
         raise DamagedError("\n".join([heading, *passed_over.values(), _NONE_LEFT]))
@@ -103,9 +103,9 @@ def _take(used: Path, passed_over: Mapping[Path, str], later: Sequence[Path]) ->
     return tuple(told)
 
 
-def _restore_from(ranks: Ranks, path: Path, pieces: Sequence[Piece]) -> TrainState:
-    manifest, state = ranks.first(lambda: folders.open_verified(path, need_marker=False))
-    ranks.reduce(lambda: ranges_of(pieces), lambda ranges: compare(manifest, ranges))
+def _restore_from(ranks: RankGroup, path: Path, pieces: Sequence[Piece]) -> TrainState:
+    manifest, state = ranks.on_rank0(lambda: folders.open_verified(path, need_marker=False))
+    ranks.gather_then_broadcast(lambda: ranges_of(pieces), lambda ranges: compare(manifest, ranges))
 
     def load() -> list[tuple[Range, int]]:
         return list(zip(ranges_of(pieces), read_pieces(path, manifest, pieces), strict=True))
@@ -139,7 +139,7 @@ def compare(manifest: Manifest, ranges: Sequence[Sequence[Range]]) -> None:
 
 
 def load_verified(
-    ranks: Ranks, path: Path, manifest: Manifest, load: Callable[[], list[tuple[Range, int]]]
+    ranks: RankGroup, path: Path, manifest: Manifest, load: Callable[[], list[tuple[Range, int]]]
 ) -> None:
     """Load on every rank, and see that it is what was written.
 
@@ -158,15 +158,17 @@ def load_verified(
         each by one rank.
     """
     data_files = sorted(filter(folders.is_data, manifest.files))
-    others = ranks.reduce(
+    others = ranks.gather_then_broadcast(
         lambda: files_with_other_headers(path, manifest, data_files[ranks.rank :: ranks.size]),
         _all_of,
     )
-    keys = ranks.reduce(load, lambda loaded: damaged_tensors(manifest, loaded))
+    keys = ranks.gather_then_broadcast(load, lambda loaded: damaged_tensors(manifest, loaded))
     inside = {chunk.file for key in keys for chunk in manifest.tensors[key].chunks}
     suspects = sorted(inside.union(others))
     mine = suspects[ranks.rank :: ranks.size]
-    problems = ranks.reduce(lambda: folders.crc_problems(path, manifest, mine), _all_of)
+    problems = ranks.gather_then_broadcast(
+        lambda: folders.crc_problems(path, manifest, mine), _all_of
+    )
     tensors = [f"{key}: its checksum is not the manifest's" for key in keys]
     if tensors and not problems:
         raise CheckpointError(

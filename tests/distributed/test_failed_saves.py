@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dsv2_train.checkpoint import background
+from dsv2_train.checkpoint import async_save
 from dsv2_train.checkpoint.dcp import write
 from dsv2_train.checkpoint.disk import folder as folders
 from dsv2_train.checkpoint.disk import layout
@@ -84,7 +84,7 @@ def save(
             stack.enter_context(fault(faulty))
         dist.barrier()
         try:
-            manager.begin(state_of(step), [piece], "a: 1\n")
+            manager.save_async(state_of(step), [piece], "a: 1\n")
             while manager.under_way is not None:
                 manager.poll()
         except CheckpointError as error:
@@ -99,7 +99,7 @@ def slow_write(rank: int, folder: Path) -> list[bool]:
     piece = Piece("weight/a", (2 * SMALL,), rank * SMALL, torch.ones(SMALL))
     manager = CheckpointManager(folder, 1, staging=Staging([piece]))
     with held_writing() if rank == 1 else nullcontext(threading.Event()) as gate:
-        manager.begin(state_of(1), [piece], "a: 1\n")
+        manager.save_async(state_of(1), [piece], "a: 1\n")
         heard = [manager.poll() is not None for _ in range(3)]
         gate.set()
         return [*heard, manager.wait() is not None]
@@ -122,7 +122,7 @@ def slow_pieces(rank: int, folder: Path) -> tuple[str, float]:
         else:
             patch.setattr(write, "_write_piece", slow)
         start_s = time.monotonic()
-        manager.begin(state_of(1), pieces, "a: 1\n")
+        manager.save_async(state_of(1), pieces, "a: 1\n")
         try:
             while manager.poll() is None:
                 time.sleep(0.05)
@@ -142,7 +142,7 @@ def test_a_failure_is_heard_while_others_write(world: World, tmp_path: Path) -> 
 def nothing_finite(rank: int, config: RunConfig) -> str:
     """A run whose third step is bad; the checkpoint of the second is under way."""
     run = open_run(rank, config)
-    write_all, measure = background.write, loop.measure
+    write_all, measure = async_save.write, loop.measure
 
     def slow(*args: Any) -> Any:
         time.sleep(1.0)
@@ -153,7 +153,7 @@ def nothing_finite(rank: int, config: RunConfig) -> str:
         return replace(result, grad_norm=math.nan) if run.clock.step == 2 else result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(background, "write", slow)
+        patch.setattr(async_save, "write", slow)
         patch.setattr(loop, "measure", spoilt)
         try:
             loop.train(run)

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from dsv2_train.checkpoint import background, save
+from dsv2_train.checkpoint import async_save, save
 from dsv2_train.checkpoint.dcp import write
 from tests.helpers.saved import files_up_to
 
@@ -96,12 +96,12 @@ def small_disk(folder: Path) -> Iterator[None]:
 def held_writing() -> Iterator[threading.Event]:
     """No file is written before the event is set."""
     gate = threading.Event()
-    write = background.write
+    write = async_save.write
 
     def held(*args: object) -> object:
         assert gate.wait(60)
         return write(*args)  # type: ignore[arg-type]
 
-    with patch.object(background, "write", held):
+    with patch.object(async_save, "write", held):
         yield gate
         gate.set()

@@ -32,7 +32,7 @@ def clear_leftovers(folder: Path) -> None:
             sys.stderr.write(f"left behind by a save, and cannot be removed: {error}\n")
 
 
-def start(folder: Path, step: int) -> Path:
+def start_folder(folder: Path, step: int) -> Path:
     """Make an empty temporary folder for a step."""
     temporary = layout.temporary_folder(folder, step)
     temporary.mkdir(parents=True)
@@ -41,11 +41,11 @@ def start(folder: Path, step: int) -> Path:
     return temporary
 
 
-def publish(temporary: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Path:
+def finalize_folder(temporary: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Path:
     """Turn a temporary folder that holds all data files into the checkpoint of its step.
 
     Args:
-        temporary: from `start`.
+        temporary: from `start_folder`.
         manifest: every tensor, and the data files.
         contents: the small files by name; added to the folder and to the manifest.
 

@@ -115,12 +115,12 @@ def blocks_of(
 
 def _write(folder: Path, blocks: Sequence[Block], contents: dict[str, bytes]) -> None:
     name = layout.data_file(0)
-    temporary = folders.start(folder, _STEP)
+    temporary = folders.start_folder(folder, _STEP)
     entry, written = write_pieces(temporary / name, _pieces(blocks))
     places = [(name, block.place, place) for block, place in zip(blocks, written, strict=True)]
     contents[layout.METADATA] = metadata_bytes(places)
     manifest = Manifest(_STEP, tensor_entries(places), {name: entry})
-    folders.publish(temporary, manifest, contents)
+    folders.finalize_folder(temporary, manifest, contents)
 
 
 def _pieces(blocks: Sequence[Block]) -> Iterator[Piece]:

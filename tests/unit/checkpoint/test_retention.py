@@ -68,7 +68,7 @@ def test_a_save_removes_what_is_not_kept(tmp_path: Path, behind: bool) -> None:
     staging = Staging(PIECES) if behind else None
     manager = CheckpointManager(tmp_path, 10, staging=staging, retention=Retention(2, 30))
     for step in range(10, 70, 10):
-        manager.begin(replace(STATE, step=step), PIECES, "")
+        manager.save_async(replace(STATE, step=step), PIECES, "")
         manager.wait()
     assert names(tmp_path) == ["step_00000030", "step_00000050", "step_00000060"]
 

@@ -49,7 +49,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
 def save(path: Path, behind: bool = False) -> Path:
     manager = CheckpointManager(path, 10, staging=Staging(PIECES) if behind else None)
-    manager.begin(STATE, PIECES, "run: {}\n")
+    manager.save_async(STATE, PIECES, "run: {}\n")
     manager.wait()
     return layout.step_folder(path, STATE.step)
 

@@ -49,5 +49,5 @@ def write_checkpoint(config: RunConfig, step: int, data: Mapping[str, bytes] | N
     state = TrainState(step, clock.consumed_samples, schedule.consumed_tokens(clock), step)
     contents = {layout.CONFIG: to_yaml(config).encode(), layout.STATE: state.to_json().encode()}
     contents |= data or {}
-    temporary = folders.start(config.run.checkpoint_folder, step)
-    return folders.publish(temporary, manifests.Manifest(step, {}, {}), contents)
+    temporary = folders.start_folder(config.run.checkpoint_folder, step)
+    return folders.finalize_folder(temporary, manifests.Manifest(step, {}, {}), contents)

@@ -235,7 +235,7 @@ def rewrite(checkpoint: Path, contents: dict[str, bytes]) -> None:
     shutil.move(checkpoint, temporary)
     for name in (*contents, layout.MANIFEST, layout.MARKER):
         (temporary / name).unlink()
-    folders.publish(temporary, replace(manifest, files=kept), contents)
+    folders.finalize_folder(temporary, replace(manifest, files=kept), contents)
 
 
 @pytest.mark.parametrize("there", ["a file in it", "a file"])
