@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv2_train.checkpoint.disk.folder import read_back
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import read_back
 from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.checkpoint.save import Checkpoint, Written, commit, discard, write
 from dsv2_train.distributed.sharding import Piece

@@ -8,11 +8,11 @@ import torch
 
 from dsv2_train.checkpoint.dcp.coverage import Range, ranges_of
 from dsv2_train.checkpoint.dcp.read import read_pieces
-from dsv2_train.checkpoint.disk.folder import open_verified
+from dsv2_train.checkpoint.disk.integrity import open_verified
 from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.checkpoint.disk.manifest import Manifest
+from dsv2_train.checkpoint.load import compare, load_verified
 from dsv2_train.checkpoint.ranks import RankGroup
-from dsv2_train.checkpoint.restore import compare, load_verified
 from dsv2_train.distributed.sharding import Piece
 
 _WEIGHT = "weight/"

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from dsv2_train.checkpoint.async_save import AsyncSave, Finished
-from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
+from dsv2_train.checkpoint.disk.errors import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.retention import KEEP_ALL, Retention
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.init_weights import init_weights

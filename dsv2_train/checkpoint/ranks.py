@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 import torch
 from torch import distributed as dist
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.errors import CheckpointError, DamagedError
 from dsv2_train.distributed import activity
 from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.collectives import all_max

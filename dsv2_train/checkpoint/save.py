@@ -14,9 +14,8 @@ from pathlib import Path
 from dsv2_train.checkpoint.dcp.coverage import Range, check_coverage, ranges_of
 from dsv2_train.checkpoint.dcp.metadata import metadata_bytes, tensor_entries
 from dsv2_train.checkpoint.dcp.write import WrittenPiece, write_pieces
-from dsv2_train.checkpoint.disk import folder as folders
-from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk import layout, lifecycle
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import FileEntry, Manifest
 from dsv2_train.checkpoint.disk.retention import Retention, prune
 from dsv2_train.checkpoint.disk.state import TrainState
@@ -115,12 +114,12 @@ def open_temporary(
 
     def prepare(ranges: list[list[Range]]) -> Path | None:
         fence()
-        folders.clear_leftovers(folder)
+        lifecycle.clear_leftovers(folder)
         prune(folder, retention)
         if layout.is_complete(layout.step_folder(folder, state.step)):
             return None
         check_coverage(part for of_rank in ranges for part in of_rank)
-        return folders.start_folder(folder, state.step)
+        return lifecycle.start_folder(folder, state.step)
 
     temporary = ranks.gather_then_broadcast(lambda: ranges_of(pieces), prepare)
     return (
@@ -159,7 +158,7 @@ def commit(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
     files = {rank.file: rank.entry for rank in written}
     manifest = Manifest(checkpoint.state.step, tensor_entries(places), files)
     checkpoint.fence()
-    path = folders.finalize_folder(checkpoint.temporary, manifest, contents)
+    path = lifecycle.finalize_folder(checkpoint.temporary, manifest, contents)
     prune(path.parent, checkpoint.retention)
     return path
 

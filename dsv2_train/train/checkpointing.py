@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsv2_train.checkpoint.async_save import Finished
-from dsv2_train.checkpoint.disk.layout import SaveError
+from dsv2_train.checkpoint.disk.errors import SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.config.load import to_yaml
 from dsv2_train.distributed import activity

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dsv2_train.checkpoint.dcp import write
 from dsv2_train.checkpoint.disk.checksum import tensor_checksum
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError, latest_complete, step_folder
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
+from dsv2_train.checkpoint.disk.layout import latest_complete, step_folder
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.distributed.sharding import Piece

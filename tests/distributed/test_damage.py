@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dsv2_train.checkpoint import restore
-from dsv2_train.checkpoint.disk import folder, layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk import integrity, layout
+from dsv2_train.checkpoint.disk.errors import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.run import RunConfig
@@ -70,7 +71,7 @@ def holds(pieces: list[Piece], step: int) -> bool:
 
 def names_it(text: str, done: Damage, newest: Path) -> bool:
     """Whether a file that was damaged is named, or a tensor that has a part in it."""
-    tensors = folder.open_verified(newest)[0].tensors
+    tensors = integrity.open_verified(newest)[0].tensors
     inside = [
         key
         for key, entry in tensors.items()
@@ -89,8 +90,8 @@ def what_went_wrong(seed: int, intact: Path, path: Path) -> str | None:
     before = {file.name: file.read_bytes() for file in newest.iterdir()}
     unmarked = not layout.is_complete(newest)
     try:
-        seen = folder.newest_intact(path)
-        if seen.path == newest and not unmarked and not all(map(folder.is_data, done.files)):
+        seen = integrity.newest_intact(path)
+        if seen.path == newest and not unmarked and not all(map(integrity.is_data, done.files)):
             return f"{done}: not found by who reads small files"
         state = manager.restore(pieces)
     except CheckpointError as error:
@@ -119,7 +120,7 @@ def healed(
         return f"without its marker: the run goes on from {state}"
     if not all(map(layout.is_complete, layout.step_folders(path))) or len(told) != 1:
         return f"without its marker: {told}"
-    folder.open_verified(newest)
+    integrity.open_verified(newest)
     return None
 
 
@@ -162,13 +163,13 @@ def test_each_detector_is_needed(
     elif detector == "headers":
         monkeypatch.setattr(restore, "files_with_other_headers", lambda *_: [])
     elif detector == "small files":
-        monkeypatch.setattr(folder, "crc_problems", lambda *_: [])
+        monkeypatch.setattr(integrity, "crc_problems", lambda *_: [])
     else:
-        monkeypatch.setattr(folder, "_size_problems", lambda *_: [])
+        monkeypatch.setattr(integrity, "size_problems", lambda *_: [])
     assert failures(200, intact, tmp_path / "run")
 
 
-def unchecked(path: Path, manifest: folder.Manifest, pieces: list[Piece]) -> list[int]:
+def unchecked(path: Path, manifest: Manifest, pieces: list[Piece]) -> list[int]:
     """A reader that believes what it reads."""
     read = READ_PIECES(path, manifest, pieces)
     assert len(read) == len(pieces)
@@ -202,7 +203,7 @@ def test_an_only_checkpoint_without_marker_is_used_and_marked(intact: Path, tmp_
     assert holds(pieces, OLDER)
     [told] = manager.passed_over
     assert told.startswith(f"{path}: had no COMPLETE: ")
-    folder.open_verified(path)
+    integrity.open_verified(path)
 
 
 def test_an_only_checkpoint_without_marker_and_another_byte_is_no_new_run(
@@ -243,7 +244,7 @@ def test_all_ranks_go_on_from_the_same_one(
         assert names_it(results[0][2], done, layout.step_folder(intact, NEWEST))
 
 
-def misread(path: Path, manifest: folder.Manifest, pieces: list[Piece]) -> list[int]:
+def misread(path: Path, manifest: Manifest, pieces: list[Piece]) -> list[int]:
     """A node whose memory or network gives back what is on no disk."""
     return [checksum + 1 for checksum in READ_PIECES(path, manifest, pieces)]
 
@@ -262,16 +263,16 @@ def test_what_only_arrives_damaged_is_no_damage_of_the_checkpoint(
 def read_whole(rank: int, world_size: int, path: Path) -> list[str]:
     """Which data files this rank reads whole while it restores."""
     read: list[str] = []
-    crc32 = folder._crc32
+    crc32 = integrity.crc32_of
 
     def recorded(file: Path) -> int:
         read.append(file.name)
         return crc32(file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "_crc32", recorded)
+        patch.setattr(integrity, "crc32_of", recorded)
         restore_on(rank, world_size, path)
-    return sorted(filter(folder.is_data, read))
+    return sorted(filter(integrity.is_data, read))
 
 
 def test_files_are_read_whole_where_something_is_wrong_with_them_by_one_rank(
@@ -280,7 +281,7 @@ def test_files_are_read_whole_where_something_is_wrong_with_them_by_one_rank(
     shutil.copytree(intact, tmp_path / "run")
     assert world.run(read_whole, 2, 2, tmp_path / "run") == [[], []]
     newest = layout.step_folder(tmp_path / "run", NEWEST)
-    chunk = folder.open_verified(newest)[0].tensors["weight/b"].chunks[0]
+    chunk = integrity.open_verified(newest)[0].tensors["weight/b"].chunks[0]
     data = bytearray((newest / chunk.file).read_bytes())
     data[chunk.byte_offset] ^= 1
     (newest / chunk.file).write_bytes(data)
@@ -292,12 +293,12 @@ def test_weights_alone_are_verified_without_reading_the_rest(
     intact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    crc32 = folder._crc32
-    monkeypatch.setattr(folder, "_crc32", lambda path: read.append(path) or crc32(path))
+    crc32 = integrity.crc32_of
+    monkeypatch.setattr(integrity, "crc32_of", lambda path: read.append(path) or crc32(path))
     weights = [piece for piece in cut(0, 1, None) if piece.key.startswith("weight/")]
     CheckpointManager(intact.parent / "none", 10).initialize(intact, weights)
     assert holds(weights, NEWEST)
-    assert not any(folder.is_data(path.name) for path in read)
+    assert not any(integrity.is_data(path.name) for path in read)
 
 
 def test_another_model_is_no_damage(intact: Path, tmp_path: Path) -> None:

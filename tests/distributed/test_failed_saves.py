@@ -14,9 +14,8 @@ import torch.distributed as dist
 
 from dsv2_train.checkpoint import async_save
 from dsv2_train.checkpoint.dcp import write
-from dsv2_train.checkpoint.disk import folder as folders
-from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
+from dsv2_train.checkpoint.disk import integrity, layout
+from dsv2_train.checkpoint.disk.errors import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
@@ -54,8 +53,8 @@ def state_of(step: int) -> TrainState:
 
 def verified(path: Path) -> bool:
     """Whether every byte of a checkpoint is as it was written."""
-    manifest, _ = folders.open_verified(path)
-    return folders.crc_problems(path, manifest, manifest.files) == []
+    manifest, _ = integrity.open_verified(path)
+    return integrity.crc_problems(path, manifest, manifest.files) == []
 
 
 def three_saves(

@@ -9,8 +9,9 @@ import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 
 from dsv2_train.checkpoint.dcp import read
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError, latest_complete
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
+from dsv2_train.checkpoint.disk.layout import latest_complete
 from dsv2_train.config.run import RunConfig
 from dsv2_train.train.checkpointing import final_save
 from dsv2_train.train.run import Run

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv2_train.checkpoint.disk.folder import newest_intact
+from dsv2_train.checkpoint.disk.integrity import newest_intact
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.manifest import read_manifest
 from dsv2_train.monitor.monitor import Monitor

@@ -9,10 +9,10 @@ from typing import BinaryIO
 import torch
 
 from dsv2_train.checkpoint.dcp.read import read_pieces
+from dsv2_train.checkpoint.disk.atomic_folder import new_folder
 from dsv2_train.checkpoint.disk.checksum import add_checksums
-from dsv2_train.checkpoint.disk.folder import crc_problems
-from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.disk.target import new_folder
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import crc_problems
 from dsv2_train.checkpoint.hf.mapping.config import CONFIG, config_of
 from dsv2_train.checkpoint.hf.mapping.tensors import Cut
 from dsv2_train.checkpoint.hf.safetensors import DTYPES, INDEX, ITEM_BYTES, file_header

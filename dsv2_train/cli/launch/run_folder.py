@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import Newest, newest_intact
-from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import Newest, newest_intact
+from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.cli.launch.devices import enough_devices
 from dsv2_train.cli.launch.place import fits

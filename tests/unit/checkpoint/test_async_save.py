@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv2_train.checkpoint.async_save import Finished
 from dsv2_train.checkpoint.dcp import write
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
+from dsv2_train.checkpoint.disk.errors import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from dsv2_train.checkpoint.dcp.archive import stream_header
 from dsv2_train.checkpoint.dcp.coverage import Range, check_coverage, ranges_of
 from dsv2_train.checkpoint.dcp.write import write_pieces
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.distributed.sharding import Piece

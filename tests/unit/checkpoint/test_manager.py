@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from dsv2_train.checkpoint.disk import folder, layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk import integrity, layout, lifecycle
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.distributed.sharding import Piece
@@ -202,7 +202,7 @@ def test_a_save_that_fails_at_any_moment_leaves_the_last_checkpoint(
 ) -> None:
     later = replace(STATE, step=200)
     calls = iter(range(1000))
-    write, sync = folder._write, folder.sync
+    write, sync = lifecycle._write, lifecycle.sync
 
     def failing(function: Callable[..., Any], moment: int) -> Callable[..., Any]:
         def wrapped(*args: Any) -> Any:
@@ -216,8 +216,8 @@ def test_a_save_that_fails_at_any_moment_leaves_the_last_checkpoint(
     for moment in range(9):
         calls = iter(range(1000))
         with monkeypatch.context() as patch:
-            patch.setattr(folder, "_write", failing(write, moment))
-            patch.setattr(folder, "sync", failing(sync, moment))
+            patch.setattr(lifecycle, "_write", failing(write, moment))
+            patch.setattr(lifecycle, "sync", failing(sync, moment))
             try:
                 manager.save(later, pieces_of(tensors(seed=1)), CONFIG)
                 outcomes.append("saved")
@@ -264,7 +264,7 @@ def test_pieces_that_overlap_are_not_saved(manager: CheckpointManager) -> None:
 
 
 def test_a_flipped_byte_in_a_tensor_is_found(manager: CheckpointManager, saved: Path) -> None:
-    manifest, _ = folder.open_verified(saved)
+    manifest, _ = integrity.open_verified(saved)
     for key, entry in manifest.tensors.items():
         flip(saved / entry.chunks[0].file, entry.chunks[0].byte_offset + 11)
         with pytest.raises(CheckpointError) as error:
@@ -320,7 +320,7 @@ def test_a_newer_format_is_refused(manager: CheckpointManager, saved: Path) -> N
     manifest = saved / layout.MANIFEST
     text = manifest.read_text().replace('"format_version": 1', '"format_version": 2')
     manifest.write_text(text)
-    (saved / layout.MARKER).write_bytes(folder.marker_of(text.encode()))
+    (saved / layout.MARKER).write_bytes(integrity.marker_of(text.encode()))
     with pytest.raises(CheckpointError, match="format_version: found 2; this dsv2_train reads 1"):
         manager.restore(pieces_of(blank()))
 
@@ -361,7 +361,7 @@ def test_going_back_moves_later_checkpoints_aside(manager: CheckpointManager) ->
     again = manager.save(TrainState(200, 200, 200, 200), pieces_of(tensors(7)), CONFIG)
     assert manager.restore(pieces_of(loaded)) == TrainState(200, 200, 200, 200)
     assert equal(loaded, tensors(7))
-    folder.set_back(again)
+    lifecycle.set_back(again)
     assert (manager.folder / "rolled_back_step_00000200_2").is_dir()
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dsv2_train.checkpoint.dcp import write
-from dsv2_train.checkpoint.disk import folder, layout
-from dsv2_train.checkpoint.disk.layout import SaveError
+from dsv2_train.checkpoint.disk import layout, lifecycle
+from dsv2_train.checkpoint.disk.atomic_folder import new_folder
+from dsv2_train.checkpoint.disk.errors import SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.disk.target import new_folder
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.distributed.sharding import Piece
@@ -106,14 +106,14 @@ def test_what_the_disk_says_of_the_last_part_is_heard(
 def test_a_checkpoint_moved_aside_is_so_on_the_disk(tmp_path: Path, events: list[Event]) -> None:
     path = save(tmp_path)
     del events[:]
-    folder.set_aside(path)
+    lifecycle.set_aside(path)
     assert events == [("rename", path, 0), ("sync", tmp_path, 0)]
 
 
 def test_a_checkpoint_is_deleted_when_its_name_is_gone(tmp_path: Path, events: list[Event]) -> None:
     path = save(tmp_path)
     del events[:]
-    folder.remove(path)
+    lifecycle.remove(path)
     removed = tmp_path / ".tmp_removed_step_00000010"
     assert events == [("rename", path, 0), ("sync", tmp_path, 0), ("delete", removed, 0)]
 
@@ -122,7 +122,7 @@ def test_a_marker_that_is_written_again_is_on_the_disk(tmp_path: Path, events: l
     path = save(tmp_path)
     (path / layout.MARKER).unlink()
     del events[:]
-    folder.mark(path)
+    lifecycle.mark(path)
     marker = path / layout.MARKER
     assert events == [("sync", marker, marker.stat().st_size), ("sync", path, 0)]
 
