@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dsv2_train.checkpoint import async_save
 from dsv2_train.checkpoint.dcp import write
@@ -33,6 +34,7 @@ from tests.helpers.faults import (
     held_writing,
     no_space,
     small_disk,
+    work_behind,
 )
 from tests.helpers.run import Owned, add_up, before_step, close_run, open_run, owned, run_config
 from tests.helpers.world import World
@@ -109,17 +111,18 @@ def slow_pieces(rank: int, folder: Path) -> tuple[str, float]:
     shape = (2 * SMALL,)
     pieces = [Piece(f"weight/{i}", shape, rank * SMALL, torch.ones(SMALL)) for i in range(400)]
     manager = CheckpointManager(folder, 1, staging=Staging(pieces))
-    write_piece = write._write_piece
+    tensor_checksum = write.tensor_checksum
 
-    def slow(file: Any, piece: Piece) -> Any:
+    def slow(data: Tensor, offset: int) -> int:
+        """Called once a piece."""
         time.sleep(0.1)
-        return write_piece(file, piece)
+        return tensor_checksum(data, offset)
 
     with pytest.MonkeyPatch.context() as patch, ExitStack() as faults:
         if rank == 0:
             faults.enter_context(no_space(folder))
         else:
-            patch.setattr(write, "_write_piece", slow)
+            patch.setattr(write, "tensor_checksum", slow)
         start_s = time.monotonic()
         manager.save_async(state_of(1), pieces, "a: 1\n")
         try:
@@ -237,14 +240,14 @@ def train(
     alerts: list[str] = []
     if run.monitor is not None:
         run.monitor.alert = lambda _, text: alerts.append(text)  # type: ignore[method-assign]
-    with ExitStack() as faults:
+    with work_behind() as given, ExitStack() as faults:
 
         def begin() -> None:
             if rank == failing and run.clock.step == faulty_step - 1:
                 faults.enter_context(no_space(config.run.folder))
             if run.clock.step >= faulty_step:
-                if run.checkpoints._under_way is not None:
-                    run.checkpoints._under_way._writing.exception()  # it has met the fault
+                if run.checkpoints.under_way is not None:
+                    given[-1].exception()  # it has met the fault
                 if not lasting:
                     faults.close()
 

@@ -20,7 +20,7 @@ from dsv2_train.checkpoint.hf.source import Source
 from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.distributed.sharding import Piece
 
-_BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _Reader:
     def __init__(self, source: Source) -> None:
         self._source = source
         dtype = getattr(torch, source.dtype)
-        self._buffer = torch.empty(_BLOCK_BYTES // dtype.itemsize, dtype=dtype)
+        self._buffer = torch.empty(BLOCK_BYTES // dtype.itemsize, dtype=dtype)
         self._checksums: dict[str, list[int]] = {}
         self._left: dict[str, int] = {}
 

@@ -36,7 +36,7 @@ from dsv2_train.config.load import model_to_yaml
 from dsv2_train.distributed.sharding import Piece
 
 _STEP = 0
-_BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def blocks_of(
         most: elements in a block; as many as 64 MiB hold if None.
     """
     item_bytes = _dtype(dtype).itemsize
-    most = most or _BLOCK_BYTES // item_bytes
+    most = most or BLOCK_BYTES // item_bytes
     blocks = []
     for cut in wanted:
         stored = found[cut.part.name]

@@ -10,31 +10,29 @@ import torch
 from torch import Tensor
 
 from dsv2_train.checkpoint.async_save import Finished
-from dsv2_train.checkpoint.dcp import write
 from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.errors import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.distributed.sharding import Piece
-from tests.helpers.faults import held_writing, no_space
+from tests.helpers.faults import Write, data_written_by, held_writing, no_space
+from tests.helpers.tensors import blank, drawn, equal, pieces_of
 
 STATE = TrainState(1, 2, 128, 1)
 CONFIG = "run:\n  name: test\n"
 
 
+SHAPES = {
+    "weight/a": (30, 7),
+    "master/a": (30, 7),
+    "weight/none": (0, 3),
+    "master/large": (1100, 1001),
+}
+
+
 def tensors() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "weight/a": torch.randn(30, 7, generator=generator).bfloat16(),
-        "master/a": torch.randn(30, 7, generator=generator),
-        "weight/none": torch.zeros(0, 3),
-        "weight/large": torch.randn(1100, 1001, generator=generator),
-    }
-
-
-def pieces_of(values: dict[str, Tensor]) -> list[Piece]:
-    return [Piece(key, tuple(value.shape), 0, value.view(-1)) for key, value in values.items()]
+    return drawn(SHAPES)
 
 
 def manager_of(folder: Path) -> CheckpointManager:
@@ -63,9 +61,9 @@ def changed_while_written(folder: Path) -> bool:
             value.add_(1)
         gate.set()
         manager.wait()
-    loaded = {key: torch.zeros_like(value) for key, value in values.items()}
+    loaded = blank(values)
     assert manager.restore(pieces_of(loaded)) == STATE
-    return any(not torch.equal(loaded[key], value) for key, value in tensors().items())
+    return not equal(loaded, tensors())
 
 
 def test_what_is_written_is_what_was_copied(
@@ -144,17 +142,12 @@ def test_too_little_memory_is_told_at_the_start() -> None:
         Staging([huge])
 
 
-def test_what_the_disk_gives_back_is_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_all = write._write_all
-
-    def another(descriptor: int, data: bytearray) -> None:
-        write_all(descriptor, bytes([data[0] ^ 1, *data[1:100], *data[100:]]))
+def test_what_the_disk_gives_back_is_what_was_written(tmp_path: Path) -> None:
+    def another(write: Write, descriptor: int, data: memoryview) -> int:
+        return write(descriptor, memoryview(bytes([data[0] ^ 1, *data[1:]])))
 
     manager = manager_of(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(write, "_write_all", another)
+    with data_written_by(another):
         manager.save_async(STATE, pieces_of({"weight/a": torch.ones(9)}), CONFIG)
         with pytest.raises(SaveError, match=r"__0_0\.distcp: the disk gives back other bytes than"):
             manager.wait()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from dsv2_train.checkpoint.dcp import write
 from dsv2_train.checkpoint.disk import layout, lifecycle
 from dsv2_train.checkpoint.disk.atomic_folder import new_folder
 from dsv2_train.checkpoint.disk.errors import SaveError
@@ -78,11 +77,11 @@ def test_a_save_is_on_the_disk_before_it_is_renamed_and_marked(
     ]
 
 
-def test_large_files_go_to_the_disk_on_the_way(
-    tmp_path: Path, events: list[Event], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(write, "_SYNC_BYTES", 1 << 20)
-    save(tmp_path)
+LARGE = Piece("weight/a", (9 << 20,), 0, torch.ones(9 << 20))  # 36 MiB; 32 go to the disk at once
+
+
+def test_large_files_go_to_the_disk_on_the_way(tmp_path: Path, events: list[Event]) -> None:
+    CheckpointManager(tmp_path, 10).save(STATE, [LARGE], "")
     assert ("sync data", tmp_path / ".tmp_step_00000010" / layout.data_file(0)) in [
         event[:2] for event in events
     ]
@@ -96,10 +95,9 @@ def test_what_the_disk_says_of_the_last_part_is_heard(
     def fail(_: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(write, "_SYNC_BYTES", 1 << 20)
     monkeypatch.setattr(os, "fdatasync", fail)
     with pytest.raises(SaveError, match="Input/output error"):
-        CheckpointManager(tmp_path, 10).save(STATE, PIECES[:1], "")
+        CheckpointManager(tmp_path, 10).save(STATE, [LARGE], "")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -57,7 +57,7 @@ def entries(folder: Path) -> dict[str, bytes]:
 def test_every_tensor_is_the_checkpoints(
     saved: tuple[Path, list[Piece]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 512)  # so that tensors take several blocks
+    monkeypatch.setattr(module, "BLOCK_BYTES", 512)  # so that tensors take several blocks
     checkpoint, weights = saved
     source = open_source(checkpoint)
     done = export(source, tmp_path / "out", SMALL, COMPANIONS)
@@ -296,8 +296,8 @@ from pathlib import Path
 from dsv2_train.checkpoint.hf import export, intake, source
 root = Path(sys.argv[1])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-export._Reader(source.open_source(root / sys.argv[2]))
-intake._BLOCK_BYTES = 4 << 20
+source.open_source(root / sys.argv[2])
+intake.BLOCK_BYTES = 4 << 20
 before = peak()
 export.export(source.open_source(root / sys.argv[2]), root / "out", 10**9, {})
 exported = peak()
