@@ -197,16 +197,20 @@ def test_an_only_checkpoint_without_marker_is_used_and_marked(intact: Path, tmp_
 def test_an_only_checkpoint_without_marker_and_another_byte_is_no_new_run(
     intact: Path, tmp_path: Path
 ) -> None:
+    """Of every file the one in the middle, of every part of a tensor its first."""
     whole = layout.step_folder(intact, OLDER)
-    for number, file in enumerate(sorted(whole.iterdir())):
-        if file.name == layout.MARKER:
+    tensors = integrity.open_verified(whole)[0].tensors.values()
+    places = [(file.name, file.stat().st_size // 2) for file in sorted(whole.iterdir())]
+    places += [(chunk.file, chunk.byte_offset) for each in tensors for chunk in each.chunks]
+    for number, (name, position) in enumerate(places):
+        if name == layout.MARKER:
             continue
         path = layout.step_folder(tmp_path / str(number), OLDER)
         shutil.copytree(whole, path)
         (path / layout.MARKER).unlink()
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        (path / file.name).write_bytes(data)
+        data = bytearray((path / name).read_bytes())
+        data[position] ^= 1
+        (path / name).write_bytes(data)
         with pytest.raises(CheckpointError):
             CheckpointManager(path.parent, 10).restore(empty())
         assert not layout.is_complete(path)

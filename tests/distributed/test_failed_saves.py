@@ -243,13 +243,12 @@ def train(
     with work_behind() as given, ExitStack() as faults:
 
         def begin() -> None:
+            if run.clock.step >= faulty_step - 1 and run.checkpoints.under_way is not None:
+                given[-1].exception()  # it meets the fault if it is to, and no other does
             if rank == failing and run.clock.step == faulty_step - 1:
                 faults.enter_context(no_space(config.run.folder))
-            if run.clock.step >= faulty_step:
-                if run.checkpoints.under_way is not None:
-                    given[-1].exception()  # it has met the fault
-                if not lasting:
-                    faults.close()
+            if run.clock.step >= faulty_step and not lasting:
+                faults.close()
 
         before_step(run, begin)
         error = ""

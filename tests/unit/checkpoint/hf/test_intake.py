@@ -259,6 +259,13 @@ def entry(start: int, end: int, dtype: object = "F32") -> dict[str, object]:
     return {"dtype": dtype, "shape": [(end - start) // 4], "data_offsets": [start, end]}
 
 
+def test_a_header_that_is_nested_without_end(tmp_path: Path) -> None:
+    text = b'{"a":' * 100_000
+    (tmp_path / "nested").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match="no safetensors file: its header: RecursionError"):
+        read_header(tmp_path / "nested")
+
+
 @pytest.mark.parametrize(
     ("header", "said"),
     [
