@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,7 +110,21 @@ def show(found: Measured, num_ranks: int) -> None:
 
 
 def _measure(folder: Path, state_mb: int, repeats: int) -> Measured:
-    pieces = _pieces(max(1, state_mb * 10**6 // _LAYER_BYTES))
+    pieces = pieces_of_layers(_LAYER, max(1, state_mb * 10**6 // _LAYER_BYTES))
+    return measure(folder, pieces, repeats)
+
+
+def measure(folder: Path, pieces: list[Piece], repeats: int) -> Measured:
+    """Measure every contender on the ranks that are connected; collective.
+
+    Args:
+        folder: empty, the same on all ranks.
+        pieces: this rank's.
+        repeats: measured turns.
+
+    Raises:
+        RuntimeError: if a contender does not bring back what it saved.
+    """
     contenders: Sequence[_Contender] = [
         _Ours(folder / "0", pieces),
         _Torch(folder / "1", pieces),
@@ -224,11 +238,17 @@ class _Megatron(_Contender):
         }
 
 
-def _pieces(num_layers: int) -> list[Piece]:
+def pieces_of_layers(shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> list[Piece]:
+    """An equal range of every tensor on this rank: weight, master and two moments.
+
+    Args:
+        shapes: of a layer's parameters, each a multiple of the ranks in size.
+        num_layers: how often they are there.
+    """
     generator = torch.Generator().manual_seed(dist.get_rank())
     pieces = []
     for layer in range(num_layers):
-        for name, shape in _LAYER.items():
+        for name, shape in shapes.items():
             numel = torch.Size(shape).numel() // dist.get_world_size()
             for kind in ("weight", "master", "exp_avg", "exp_avg_sq"):
                 data = torch.randn(numel, generator=generator)
@@ -249,7 +269,7 @@ def _behind(folder: Path, pieces: list[Piece], repeats: int) -> tuple[Times, dic
         state = TrainState(repeat + 1, 1, 1, 1)
         dist.barrier()
         start_s = time.perf_counter()
-        manager.begin(state, pieces, _CONFIG)
+        manager.save_async(state, pieces, _CONFIG)
         stalls.append(time.perf_counter() - start_s)
         during.append(_step_s(matrix))
         manager.wait()

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from torch import distributed as dist
 
-from dsv2_train.checkpoint.background import BackgroundSave, Finished
-from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
+from dsv2_train.checkpoint.async_save import AsyncSave, Finished
+from dsv2_train.checkpoint.disk.errors import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.retention import KEEP_ALL, Retention
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.initialize import initialize
-from dsv2_train.checkpoint.ranks import Ranks
-from dsv2_train.checkpoint.restore import restore
-from dsv2_train.checkpoint.save import begin, save
+from dsv2_train.checkpoint.init_weights import init_weights
+from dsv2_train.checkpoint.ranks import RankGroup
+from dsv2_train.checkpoint.restore import restore_newest
+from dsv2_train.checkpoint.save import open_temporary, save_blocking
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.distributed.sharding import Piece
 
@@ -33,7 +33,7 @@ class CheckpointManager:
         every_steps: a checkpoint is due every so many steps.
         group: process group of all ranks, able to carry objects and host tensors; None for the
             default group, or for one process where none is initialized.
-        staging: host memory for what `begin` saves; None if that is to write before it returns.
+        staging: host memory for what `save_async` saves; None if it is to write before it returns.
         retention: which checkpoints are kept when another one is complete.
         fence: raises where this run may no longer write to the folder; asked on the first rank
             before anything there is made, renamed or removed.
@@ -50,11 +50,11 @@ class CheckpointManager:
     ) -> None:
         self.folder = folder
         self.every_steps = every_steps
-        self._ranks = Ranks(group)
+        self._ranks = RankGroup(group)
         self._staging = staging
         self._retention = retention
         self._fence = fence
-        self._under_way: BackgroundSave | None = None
+        self._under_way: AsyncSave | None = None
         self.will_retry = False
         self.passed_over: tuple[str, ...] = ()
 
@@ -65,7 +65,7 @@ class CheckpointManager:
 
     @property
     def staging_bytes(self) -> int:
-        """Host memory of this rank that `begin` copies to."""
+        """Host memory of this rank that `save_async` copies to."""
         return 0 if self._staging is None else self._staging.size_bytes
 
     def due(self, step: int) -> bool:
@@ -95,7 +95,7 @@ class CheckpointManager:
         """
         self.wait()
         with self._attempt(state.step):
-            path = save(
+            path = save_blocking(
                 self._ranks,
                 self.folder,
                 state,
@@ -107,7 +107,7 @@ class CheckpointManager:
         self.will_retry = False
         return path
 
-    def begin(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> None:
+    def save_async(self, state: TrainState, pieces: Sequence[Piece], config_yaml: str) -> None:
         """Save what the pieces hold now, and return when it is copied: `poll` tells of the rest.
 
         At most one checkpoint is under way: an earlier one is waited for. Without memory to copy to
@@ -129,7 +129,7 @@ class CheckpointManager:
             return
         self.wait()
         with self._attempt(state.step):
-            checkpoint = begin(
+            checkpoint = open_temporary(
                 self._ranks,
                 self.folder,
                 state,
@@ -140,7 +140,7 @@ class CheckpointManager:
             )
         if checkpoint is not None:
             staged = self._staging.copy(pieces)
-            self._under_way = BackgroundSave(self._ranks, checkpoint, staged)
+            self._under_way = AsyncSave(self._ranks, checkpoint, staged)
 
     def poll(self) -> Finished | None:
         """Between two steps: hear of the checkpoint that is under way, without waiting for it.
@@ -161,7 +161,7 @@ class CheckpointManager:
         """Hear of the checkpoint that is under way when it is complete; raises as `poll` does."""
         return None if self._under_way is None else self._settle(self._under_way, wait=True)
 
-    def _settle(self, under_way: BackgroundSave, *, wait: bool) -> Finished | None:
+    def _settle(self, under_way: AsyncSave, *, wait: bool) -> Finished | None:
         self._under_way = None  # unless it turns out to be
         with self._attempt(under_way.step):
             finished = under_way.wait() if wait else under_way.poll()
@@ -215,8 +215,8 @@ class CheckpointManager:
         Note:
             Collective over all ranks. Host memory: 16 MiB beside the pieces.
         """
-        self._ranks.first(self._fence)
-        restored = restore(self._ranks, self.folder, pieces, at_most_step)
+        self._ranks.on_rank0(self._fence)
+        restored = restore_newest(self._ranks, self.folder, pieces, at_most_step)
         if restored is None:
             return None
         self.passed_over = restored.passed_over
@@ -238,4 +238,4 @@ class CheckpointManager:
         Note:
             Collective over all ranks. Host memory: as much as the largest piece takes as written.
         """
-        return initialize(self._ranks, given, pieces)
+        return init_weights(self._ranks, given, pieces)

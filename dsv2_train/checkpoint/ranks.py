@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 import torch
 from torch import distributed as dist
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.errors import CheckpointError, DamagedError
 from dsv2_train.distributed import activity
 from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.collectives import all_max
@@ -23,7 +23,7 @@ class _Failure:
     kind: type[Exception] = CheckpointError
 
 
-class Ranks:
+class RankGroup:
     """The processes that save and load together; one process where none are connected.
 
     An exception on one rank would leave the others waiting for it. Here every rank raises instead.
@@ -39,7 +39,7 @@ class Ranks:
         self.size = dist.get_world_size(group) if connected else 1
         self.rank = dist.get_rank(group) if connected else 0
 
-    def reduce(self, local: Callable[[], T], combine: Callable[[list[T]], R]) -> R:
+    def gather_then_broadcast(self, local: Callable[[], T], combine: Callable[[list[T]], R]) -> R:
         """Run `local` on every rank, `combine` on the first, and return that result everywhere.
 
         Args:
@@ -65,9 +65,9 @@ class Ranks:
             raise outcome.kind(outcome.message) from error
         return cast(R, outcome)
 
-    def first(self, work: Callable[[], R]) -> R:
+    def on_rank0(self, work: Callable[[], R]) -> R:
         """Run `work` on the first rank only and return its result everywhere; collective."""
-        return self.reduce(lambda: None, lambda _: work())
+        return self.gather_then_broadcast(lambda: None, lambda _: work())
 
     def highest(self, number: int) -> int:
         """The highest number that a rank gives; collective: one all-reduce of one number."""

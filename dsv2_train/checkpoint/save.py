@@ -1,4 +1,9 @@
-"""Write a run's state so that it is there entirely or not at all."""
+"""Write a run's state so that it is there entirely or not at all.
+
+A save is, in this order: `open_temporary` on all ranks, `write` on each, `commit` on the first; or
+`discard`, when any of it fails. `save_blocking` does it at once, `async_save` while training goes
+on.
+"""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,13 +14,12 @@ from pathlib import Path
 from dsv2_train.checkpoint.dcp.coverage import Range, check_coverage, ranges_of
 from dsv2_train.checkpoint.dcp.metadata import metadata_bytes, tensor_entries
 from dsv2_train.checkpoint.dcp.write import WrittenPiece, write_pieces
-from dsv2_train.checkpoint.disk import folder as folders
-from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk import layout, lifecycle
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import FileEntry, Manifest
 from dsv2_train.checkpoint.disk.retention import Retention, prune
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.ranks import Ranks
+from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.distributed.sharding import Piece
 
 
@@ -47,8 +51,8 @@ class Written:
     places: list[tuple[Range, WrittenPiece]]
 
 
-def save(
-    ranks: Ranks,
+def save_blocking(
+    ranks: RankGroup,
     folder: Path,
     state: TrainState,
     pieces: Sequence[Piece],
@@ -74,21 +78,21 @@ def save(
     Note:
         Collective over all ranks.
     """
-    checkpoint = begin(ranks, folder, state, pieces, config_yaml, retention, fence)
+    checkpoint = open_temporary(ranks, folder, state, pieces, config_yaml, retention, fence)
     if checkpoint is None:
         return layout.step_folder(folder, state.step)
     try:
-        return ranks.reduce(
+        return ranks.gather_then_broadcast(
             lambda: write(checkpoint, ranks.rank, pieces),
-            lambda written: publish(checkpoint, written),
+            lambda written: commit(checkpoint, written),
         )
     except CheckpointError:
         discard(ranks, checkpoint)
         raise
 
 
-def begin(
-    ranks: Ranks,
+def open_temporary(
+    ranks: RankGroup,
     folder: Path,
     state: TrainState,
     pieces: Sequence[Piece],
@@ -110,14 +114,14 @@ def begin(
 
     def prepare(ranges: list[list[Range]]) -> Path | None:
         fence()
-        folders.clear_leftovers(folder)
+        lifecycle.clear_leftovers(folder)
         prune(folder, retention)
         if layout.is_complete(layout.step_folder(folder, state.step)):
             return None
         check_coverage(part for of_rank in ranges for part in of_rank)
-        return folders.start(folder, state.step)
+        return lifecycle.start_folder(folder, state.step)
 
-    temporary = ranks.reduce(lambda: ranges_of(pieces), prepare)
+    temporary = ranks.gather_then_broadcast(lambda: ranges_of(pieces), prepare)
     return (
         None if temporary is None else Checkpoint(temporary, state, config_yaml, retention, fence)
     )
@@ -139,7 +143,7 @@ def write(
     return Written(file, entry, list(zip(ranges_of(pieces), places, strict=False)))
 
 
-def publish(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
+def commit(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
     """Make the checkpoint of what all ranks wrote, and remove older ones that are not kept.
 
     Note:
@@ -154,12 +158,12 @@ def publish(checkpoint: Checkpoint, written: Sequence[Written]) -> Path:
     files = {rank.file: rank.entry for rank in written}
     manifest = Manifest(checkpoint.state.step, tensor_entries(places), files)
     checkpoint.fence()
-    path = folders.publish(checkpoint.temporary, manifest, contents)
+    path = lifecycle.finalize_folder(checkpoint.temporary, manifest, contents)
     prune(path.parent, checkpoint.retention)
     return path
 
 
-def discard(ranks: Ranks, checkpoint: Checkpoint) -> None:
+def discard(ranks: RankGroup, checkpoint: Checkpoint) -> None:
     """Free what a failed save took; no rank may be writing. No communication, raises nothing."""
     if ranks.rank == 0:
         shutil.rmtree(checkpoint.temporary, ignore_errors=True)

@@ -7,9 +7,9 @@ import torch
 
 from dsv2_train.checkpoint.dcp.coverage import dtype_of
 from dsv2_train.checkpoint.dcp.read import read_pieces
-from dsv2_train.checkpoint.disk import folder as folders
+from dsv2_train.checkpoint.disk import integrity
 from dsv2_train.checkpoint.disk.checksum import add_checksums
-from dsv2_train.checkpoint.disk.layout import DamagedError
+from dsv2_train.checkpoint.disk.errors import DamagedError
 from dsv2_train.checkpoint.disk.manifest import Manifest, TensorEntry
 from dsv2_train.distributed.sharding import Piece
 
@@ -20,7 +20,7 @@ def verify(path: Path, manifest: Manifest) -> Iterator[tuple[int, str | None]]:
     """Verify the CRC-32 of every data file, and the checksum of every tensor.
 
     Args:
-        path: a checkpoint that `disk.folder.open_verified` has opened.
+        path: a checkpoint that `disk.integrity.open_verified` has opened.
         manifest: its manifest.
 
     Yields:
@@ -29,8 +29,8 @@ def verify(path: Path, manifest: Manifest) -> Iterator[tuple[int, str | None]]:
     Note:
         One process; reads everything twice, in 4 MiB of memory.
     """
-    for name in sorted(filter(folders.is_data, manifest.files)):
-        problems = folders.crc_problems(path, manifest, [name])
+    for name in sorted(filter(integrity.is_data, manifest.files)):
+        problems = integrity.crc_problems(path, manifest, [name])
         yield (
             manifest.files[name].size_bytes,
             problems[0].removeprefix("  - ") if problems else None,

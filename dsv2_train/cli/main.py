@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.data.manifest import DataError
 from dsv2_train.runs.attempts import CrashLoopError

@@ -5,7 +5,7 @@ import secrets
 import signal
 from dataclasses import replace
 
-from dsv2_train.checkpoint.ranks import Ranks
+from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.runs import attempts
 from dsv2_train.runs.attempts import SERIES, CrashLoopError, Start
 from dsv2_train.train.run import Run
@@ -25,7 +25,7 @@ def this_start(run: Run) -> Start:
     series = os.environ.get(SERIES) or secrets.token_hex(8)
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     start = Start(series, restart, run.clock.step)
-    loop = Ranks(run.hosts).first(lambda: _begin(run, start))
+    loop = RankGroup(run.hosts).on_rank0(lambda: _begin(run, start))
     if loop is not None:
         raise CrashLoopError(loop)
     return start

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dsv2_train.checkpoint.background import Finished
-from dsv2_train.checkpoint.disk.layout import SaveError
+from dsv2_train.checkpoint.async_save import Finished
+from dsv2_train.checkpoint.disk.errors import SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.config.load import to_yaml
 from dsv2_train.distributed import activity
@@ -50,7 +50,7 @@ def after_step(run: Run) -> None:
         _apply_failure_policy(run, run.checkpoints.poll, go_on)
         if run.checkpoints.due(step):
             finish(run, go_on)
-            _apply_failure_policy(run, lambda: run.checkpoints.begin(*_state(run)), go_on)
+            _apply_failure_policy(run, lambda: run.checkpoints.save_async(*_state(run)), go_on)
 
 
 def final_save(run: Run) -> Path:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError, latest_complete
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
+from dsv2_train.checkpoint.disk.layout import latest_complete
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.train.loop import train

@@ -4,50 +4,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
-from dsv2_train.checkpoint.dcp import write
 from dsv2_train.checkpoint.disk.checksum import tensor_checksum
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError, latest_complete, step_folder
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
+from dsv2_train.checkpoint.disk.layout import step_folder
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
-from dsv2_train.distributed.sharding import Piece
+from tests.helpers.tensors import blank, drawn, hold, share_of
 from tests.helpers.world import World
 
 STATE = TrainState(10, 20, 1280, 10)
 SHAPES = {"weight/a": (17, 5), "master/a": (17, 5), "weight/experts": (8, 3, 7), "weight/one": (1,)}
 
 
-def whole(key: str) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(key.encode()))
-    value = torch.randn(SHAPES[key], generator=generator)
-    return value.bfloat16() if key == "weight/a" else value
-
-
-def cut(rank: int, world_size: int, first: int, fill: bool) -> list[Piece]:
-    """A rank's share of every tensor; `first` moves all cut points."""
-    pieces = []
-    for key, shape in SHAPES.items():
-        value = whole(key).view(-1)
-        edges = [0, *(min(value.numel(), first + 13 * i) for i in range(1, world_size))]
-        start, end = [*edges, value.numel()][rank : rank + 2]
-        data = value[start:end].clone() if fill else torch.full_like(value[start:end], 7)
-        pieces.append(Piece(key, shape, start, data))
-    return pieces
+VALUES = drawn(SHAPES)
 
 
 def save(rank: int, world_size: int, folder: Path) -> Path:
-    return CheckpointManager(folder, 10).save(STATE, cut(rank, world_size, 0, True), "a: 1\n")
+    return CheckpointManager(folder, 10).save(STATE, share_of(VALUES, rank, world_size), "a: 1\n")
 
 
-def restore(rank: int, world_size: int, folder: Path, first: int) -> TrainState | None:
-    pieces = cut(rank, world_size, first, False)
+def restore(rank: int, world_size: int, folder: Path, shift: int) -> TrainState | None:
+    pieces = share_of(blank(VALUES), rank, world_size, shift)
     state = CheckpointManager(folder, 10).restore(pieces)
-    for piece in pieces:
-        expected = whole(piece.key).view(-1)[piece.offset : piece.offset + piece.data.numel()]
-        assert torch.equal(piece.data, expected)
+    assert hold(pieces, VALUES)
     return state
 
 
@@ -62,8 +43,8 @@ def test_round_trip_is_bitwise(world: World, tmp_path: Path, world_size: int) ->
 @pytest.mark.parametrize(("written", "read"), [(4, 1), (4, 2), (1, 4), (2, 4)])
 def test_other_ranks_and_cut_points(world: World, tmp_path: Path, written: int, read: int) -> None:
     world.run(save, written, written, tmp_path)
-    for first in (0, 1, 5):
-        assert world.run(restore, read, read, tmp_path, first) == [STATE] * read
+    for shift in (0, 1, 5):
+        assert world.run(restore, read, read, tmp_path, shift) == [STATE] * read
 
 
 def test_checksums_do_not_depend_on_the_layout(world: World, tmp_path: Path) -> None:
@@ -72,7 +53,7 @@ def test_checksums_do_not_depend_on_the_layout(world: World, tmp_path: Path) -> 
         world.run(save, world_size, world_size, folder)
         manifest, _ = open_verified(step_folder(folder, 10))
         assert {key: entry.checksum for key, entry in manifest.tensors.items()} == {
-            key: tensor_checksum(whole(key)) for key in SHAPES
+            key: tensor_checksum(value) for key, value in VALUES.items()
         }
 
 
@@ -86,47 +67,34 @@ def test_several_ranks_may_ask_for_the_same_range(world: World, tmp_path: Path) 
     assert world.run(restore_on_every_rank, 2, tmp_path) == [STATE] * 2
 
 
-def said(rank: int, action: str, world_size: int, folder: Path) -> str:
-    """What a rank is told when another one does something wrong."""
-    pieces = cut(rank, world_size, 0, True)
-    manager = CheckpointManager(folder, 10)
+def said(rank: int, action: str, folder: Path) -> str:
+    """What a rank is told when another one asks for what is not its own."""
+    pieces = share_of(VALUES, rank, 2)
     if rank == 1 and action == "gap":
         pieces[2] = replace(pieces[2], data=pieces[2].data[1:], offset=pieces[2].offset + 1)
     if rank == 1 and action == "overlap":
-        pieces[2] = replace(cut(0, world_size, 0, True)[2])
-    if rank == 1 and action == "disk full":
-        write._write_all = fail  # type: ignore[assignment]
+        pieces[2] = share_of(VALUES, 0, 2)[2]
     try:
-        manager.save(STATE, pieces, "")
+        CheckpointManager(folder / "checkpoints", 10).save(STATE, pieces, "")
     except CheckpointError as error:
         return str(error)
-    finally:
-        write._write_all = _WRITE_ALL
     return "saved"
-
-
-_WRITE_ALL = write._write_all
-
-
-def fail(*_: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize(
     ("action", "expected"),
     [
-        ("gap", "weight/experts: gap: no rank holds elements 13 to 13"),
-        ("overlap", "weight/experts: overlap: elements 0 to 12 are held twice"),
-        ("disk full", "rank 1: OSError: [Errno 28] No space left on device"),
+        ("gap", "weight/experts: gap: no rank holds elements 84 to 84"),
+        ("overlap", "weight/experts: overlap: elements 0 to 83 are held twice"),
     ],
 )
-def test_every_rank_hears_of_a_failure_on_one(
+def test_pieces_that_are_not_the_whole_are_not_saved_and_every_rank_hears_of_it(
     world: World, tmp_path: Path, action: str, expected: str
 ) -> None:
-    messages = world.run(said, 2, action, 2, tmp_path)
+    messages = world.run(said, 2, action, tmp_path)
     assert messages[0] == messages[1]
     assert expected in messages[0]
-    assert latest_complete(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def restore_damaged(rank: int, world_size: int, folder: Path) -> str:

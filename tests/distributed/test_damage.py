@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
-from dsv2_train.checkpoint import restore
-from dsv2_train.checkpoint.disk import folder, layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.checkpoint import load, restore
+from dsv2_train.checkpoint.disk import integrity, layout
+from dsv2_train.checkpoint.disk.errors import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.config.run import RunConfig
@@ -22,6 +22,7 @@ from dsv2_train.train.loop import train
 from tests.helpers.corpus import synthetic_folder
 from tests.helpers.damage import KINDS, Damage, damage
 from tests.helpers.run import Owned, add_up, close_run, open_run, owned, run_config
+from tests.helpers.tensors import blank, drawn, hold, share_of
 from tests.helpers.world import World
 
 STATE = TrainState(10, 20, 1280, 10)
@@ -29,28 +30,23 @@ SHAPES = {"weight/a": (17, 5), "master/a": (17, 5), "exp_avg/a": (17, 5), "weigh
 OLDER, NEWEST = 10, 20
 
 
-def whole(key: str, step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(key.encode()) + step)
-    value = torch.randn(SHAPES[key], generator=generator)
-    return value.bfloat16() if key.startswith("weight/") else value
+def values_of(step: int) -> dict[str, Tensor]:
+    return drawn(SHAPES, seed=step)
 
 
-def cut(rank: int, world_size: int, step: int | None) -> list[Piece]:
-    """A rank's share of every tensor, in ranges that no block of a file is aligned to."""
-    pieces = []
-    for key, shape in SHAPES.items():
-        value = whole(key, step or 0).view(-1)
-        edges = [value.numel() * i // world_size for i in range(world_size + 1)]
-        start, end = edges[rank : rank + 2]
-        data = torch.full_like(value[start:end], 7) if step is None else value[start:end].clone()
-        pieces.append(Piece(key, shape, start, data))
-    return pieces
+def empty(rank: int = 0, world_size: int = 1) -> list[Piece]:
+    """Memory for a rank's share."""
+    return share_of(blank(values_of(OLDER)), rank, world_size)
 
 
 def save_both(rank: int, world_size: int, path: Path) -> None:
     manager = CheckpointManager(path, 10)
     for step in (OLDER, NEWEST):
-        manager.save(replace(STATE, step=step), cut(rank, world_size, step), f"step: {step}\n")
+        manager.save(
+            replace(STATE, step=step),
+            share_of(values_of(step), rank, world_size),
+            f"step: {step}\n",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +57,9 @@ def intact(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def holds(pieces: list[Piece], step: int) -> bool:
-    return all(
-        torch.equal(piece.data, whole(piece.key, step).view(-1)[piece.offset :][: len(piece.data)])
-        for piece in pieces
-    )
-
-
 def names_it(text: str, done: Damage, newest: Path) -> bool:
     """Whether a file that was damaged is named, or a tensor that has a part in it."""
-    tensors = folder.open_verified(newest)[0].tensors
+    tensors = integrity.open_verified(newest)[0].tensors
     inside = [
         key
         for key, entry in tensors.items()
@@ -85,12 +74,12 @@ def what_went_wrong(seed: int, intact: Path, path: Path) -> str | None:
     shutil.copytree(intact, path)
     older, newest = (layout.step_folder(path, step) for step in (OLDER, NEWEST))
     done = damage(random.Random(seed), newest, older)
-    manager, pieces = CheckpointManager(path, 10), cut(0, 1, None)
+    manager, pieces = CheckpointManager(path, 10), empty()
     before = {file.name: file.read_bytes() for file in newest.iterdir()}
     unmarked = not layout.is_complete(newest)
     try:
-        seen = folder.newest_intact(path)
-        if seen.path == newest and not unmarked and not all(map(folder.is_data, done.files)):
+        seen = integrity.newest_intact(path)
+        if seen.path == newest and not unmarked and not all(map(integrity.is_data, done.files)):
             return f"{done}: not found by who reads small files"
         state = manager.restore(pieces)
     except CheckpointError as error:
@@ -99,7 +88,7 @@ def what_went_wrong(seed: int, intact: Path, path: Path) -> str | None:
         return healed(state, pieces, path, manager.passed_over)
     if state != STATE:
         return f"{done}: the run goes on from {state}"
-    if not holds(pieces, OLDER):
+    if not hold(pieces, values_of(OLDER)):
         return f"{done}: what is loaded is not all of the older one"
     told = "\n".join(manager.passed_over)
     if not names_it(told, done, layout.step_folder(intact, NEWEST)):
@@ -115,11 +104,11 @@ def healed(
 ) -> str | None:
     """What is not as promised of a checkpoint that has lost its marker and nothing else."""
     newest = layout.step_folder(path, NEWEST)
-    if state != replace(STATE, step=NEWEST) or not holds(pieces, NEWEST):
+    if state != replace(STATE, step=NEWEST) or not hold(pieces, values_of(NEWEST)):
         return f"without its marker: the run goes on from {state}"
     if not all(map(layout.is_complete, layout.step_folders(path))) or len(told) != 1:
         return f"without its marker: {told}"
-    folder.open_verified(newest)
+    integrity.open_verified(newest)
     return None
 
 
@@ -160,15 +149,15 @@ def test_each_detector_is_needed(
     if detector == "tensors":
         monkeypatch.setattr(restore, "read_pieces", unchecked)
     elif detector == "headers":
-        monkeypatch.setattr(restore, "files_with_other_headers", lambda *_: [])
+        monkeypatch.setattr(load, "files_with_other_headers", lambda *_: [])
     elif detector == "small files":
-        monkeypatch.setattr(folder, "crc_problems", lambda *_: [])
+        monkeypatch.setattr(integrity, "crc_problems", lambda *_: [])
     else:
-        monkeypatch.setattr(folder, "_size_problems", lambda *_: [])
+        monkeypatch.setattr(integrity, "size_problems", lambda *_: [])
     assert failures(200, intact, tmp_path / "run")
 
 
-def unchecked(path: Path, manifest: folder.Manifest, pieces: list[Piece]) -> list[int]:
+def unchecked(path: Path, manifest: Manifest, pieces: list[Piece]) -> list[int]:
     """A reader that believes what it reads."""
     read = READ_PIECES(path, manifest, pieces)
     assert len(read) == len(pieces)
@@ -187,7 +176,7 @@ def test_if_all_are_damaged_nothing_is_begun_or_changed(intact: Path, tmp_path: 
             damage(draw, layout.step_folder(path, step), layout.step_folder(intact, other))
         before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
         with pytest.raises(DamagedError, match="no checkpoint of this run is intact") as error:
-            CheckpointManager(path, 10).restore(cut(0, 1, None))
+            CheckpointManager(path, 10).restore(empty())
         assert all(f"step_000000{step}" in str(error.value) for step in (OLDER, NEWEST))
         assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
@@ -197,36 +186,40 @@ def test_an_only_checkpoint_without_marker_is_used_and_marked(intact: Path, tmp_
     path = layout.step_folder(tmp_path, OLDER)
     shutil.copytree(layout.step_folder(intact, OLDER), path)
     (path / layout.MARKER).unlink()
-    manager, pieces = CheckpointManager(tmp_path, 10), cut(0, 1, None)
+    manager, pieces = CheckpointManager(tmp_path, 10), empty()
     assert manager.restore(pieces) == STATE
-    assert holds(pieces, OLDER)
+    assert hold(pieces, values_of(OLDER))
     [told] = manager.passed_over
     assert told.startswith(f"{path}: had no COMPLETE: ")
-    folder.open_verified(path)
+    integrity.open_verified(path)
 
 
 def test_an_only_checkpoint_without_marker_and_another_byte_is_no_new_run(
     intact: Path, tmp_path: Path
 ) -> None:
+    """Of every file the one in the middle, of every part of a tensor its first."""
     whole = layout.step_folder(intact, OLDER)
-    for number, file in enumerate(sorted(whole.iterdir())):
-        if file.name == layout.MARKER:
+    tensors = integrity.open_verified(whole)[0].tensors.values()
+    places = [(file.name, file.stat().st_size // 2) for file in sorted(whole.iterdir())]
+    places += [(chunk.file, chunk.byte_offset) for each in tensors for chunk in each.chunks]
+    for number, (name, position) in enumerate(places):
+        if name == layout.MARKER:
             continue
         path = layout.step_folder(tmp_path / str(number), OLDER)
         shutil.copytree(whole, path)
         (path / layout.MARKER).unlink()
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        (path / file.name).write_bytes(data)
+        data = bytearray((path / name).read_bytes())
+        data[position] ^= 1
+        (path / name).write_bytes(data)
         with pytest.raises(CheckpointError):
-            CheckpointManager(path.parent, 10).restore(cut(0, 1, None))
+            CheckpointManager(path.parent, 10).restore(empty())
         assert not layout.is_complete(path)
 
 
 def restore_on(rank: int, world_size: int, path: Path) -> tuple[TrainState | None, bool, str]:
-    manager, pieces = CheckpointManager(path, 10), cut(rank, world_size, None)
+    manager, pieces = CheckpointManager(path, 10), empty(rank, world_size)
     state = manager.restore(pieces)
-    return state, holds(pieces, OLDER), "\n".join(manager.passed_over)
+    return state, hold(pieces, values_of(OLDER)), "\n".join(manager.passed_over)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -243,7 +236,7 @@ def test_all_ranks_go_on_from_the_same_one(
         assert names_it(results[0][2], done, layout.step_folder(intact, NEWEST))
 
 
-def misread(path: Path, manifest: folder.Manifest, pieces: list[Piece]) -> list[int]:
+def misread(path: Path, manifest: Manifest, pieces: list[Piece]) -> list[int]:
     """A node whose memory or network gives back what is on no disk."""
     return [checksum + 1 for checksum in READ_PIECES(path, manifest, pieces)]
 
@@ -254,7 +247,7 @@ def test_what_only_arrives_damaged_is_no_damage_of_the_checkpoint(
     shutil.copytree(intact, tmp_path / "run")
     monkeypatch.setattr(restore, "read_pieces", misread)
     with pytest.raises(CheckpointError, match="suspect the memory or the network") as error:
-        CheckpointManager(tmp_path / "run", 10).restore(cut(0, 1, None))
+        CheckpointManager(tmp_path / "run", 10).restore(empty())
     assert not isinstance(error.value, DamagedError)
     assert len(layout.complete_checkpoints(tmp_path / "run")) == 2
 
@@ -262,16 +255,16 @@ def test_what_only_arrives_damaged_is_no_damage_of_the_checkpoint(
 def read_whole(rank: int, world_size: int, path: Path) -> list[str]:
     """Which data files this rank reads whole while it restores."""
     read: list[str] = []
-    crc32 = folder._crc32
+    crc32 = integrity.crc32_of
 
     def recorded(file: Path) -> int:
         read.append(file.name)
         return crc32(file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "_crc32", recorded)
+        patch.setattr(integrity, "crc32_of", recorded)
         restore_on(rank, world_size, path)
-    return sorted(filter(folder.is_data, read))
+    return sorted(filter(integrity.is_data, read))
 
 
 def test_files_are_read_whole_where_something_is_wrong_with_them_by_one_rank(
@@ -280,7 +273,7 @@ def test_files_are_read_whole_where_something_is_wrong_with_them_by_one_rank(
     shutil.copytree(intact, tmp_path / "run")
     assert world.run(read_whole, 2, 2, tmp_path / "run") == [[], []]
     newest = layout.step_folder(tmp_path / "run", NEWEST)
-    chunk = folder.open_verified(newest)[0].tensors["weight/b"].chunks[0]
+    chunk = integrity.open_verified(newest)[0].tensors["weight/b"].chunks[0]
     data = bytearray((newest / chunk.file).read_bytes())
     data[chunk.byte_offset] ^= 1
     (newest / chunk.file).write_bytes(data)
@@ -292,17 +285,17 @@ def test_weights_alone_are_verified_without_reading_the_rest(
     intact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    crc32 = folder._crc32
-    monkeypatch.setattr(folder, "_crc32", lambda path: read.append(path) or crc32(path))
-    weights = [piece for piece in cut(0, 1, None) if piece.key.startswith("weight/")]
+    crc32 = integrity.crc32_of
+    monkeypatch.setattr(integrity, "crc32_of", lambda path: read.append(path) or crc32(path))
+    weights = [piece for piece in empty() if piece.key.startswith("weight/")]
     CheckpointManager(intact.parent / "none", 10).initialize(intact, weights)
-    assert holds(weights, NEWEST)
-    assert not any(folder.is_data(path.name) for path in read)
+    assert hold(weights, values_of(NEWEST))
+    assert not any(integrity.is_data(path.name) for path in read)
 
 
 def test_another_model_is_no_damage(intact: Path, tmp_path: Path) -> None:
     shutil.copytree(intact, tmp_path / "run")
-    pieces = cut(0, 1, None)[1:]
+    pieces = empty()[1:]
     with pytest.raises(CheckpointError, match="weight/a: in the checkpoint only") as error:
         CheckpointManager(tmp_path / "run", 10).restore(pieces)
     assert not isinstance(error.value, DamagedError)

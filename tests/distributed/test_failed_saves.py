@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from dsv2_train.checkpoint import background
+from dsv2_train.checkpoint import async_save
 from dsv2_train.checkpoint.dcp import write
-from dsv2_train.checkpoint.disk import folder as folders
-from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
+from dsv2_train.checkpoint.disk import integrity, layout
+from dsv2_train.checkpoint.disk.errors import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
@@ -34,6 +34,7 @@ from tests.helpers.faults import (
     held_writing,
     no_space,
     small_disk,
+    work_behind,
 )
 from tests.helpers.run import Owned, add_up, before_step, close_run, open_run, owned, run_config
 from tests.helpers.world import World
@@ -54,8 +55,8 @@ def state_of(step: int) -> TrainState:
 
 def verified(path: Path) -> bool:
     """Whether every byte of a checkpoint is as it was written."""
-    manifest, _ = folders.open_verified(path)
-    return folders.crc_problems(path, manifest, manifest.files) == []
+    manifest, _ = integrity.open_verified(path)
+    return integrity.crc_problems(path, manifest, manifest.files) == []
 
 
 def three_saves(
@@ -84,7 +85,7 @@ def save(
             stack.enter_context(fault(faulty))
         dist.barrier()
         try:
-            manager.begin(state_of(step), [piece], "a: 1\n")
+            manager.save_async(state_of(step), [piece], "a: 1\n")
             while manager.under_way is not None:
                 manager.poll()
         except CheckpointError as error:
@@ -99,7 +100,7 @@ def slow_write(rank: int, folder: Path) -> list[bool]:
     piece = Piece("weight/a", (2 * SMALL,), rank * SMALL, torch.ones(SMALL))
     manager = CheckpointManager(folder, 1, staging=Staging([piece]))
     with held_writing() if rank == 1 else nullcontext(threading.Event()) as gate:
-        manager.begin(state_of(1), [piece], "a: 1\n")
+        manager.save_async(state_of(1), [piece], "a: 1\n")
         heard = [manager.poll() is not None for _ in range(3)]
         gate.set()
         return [*heard, manager.wait() is not None]
@@ -110,19 +111,20 @@ def slow_pieces(rank: int, folder: Path) -> tuple[str, float]:
     shape = (2 * SMALL,)
     pieces = [Piece(f"weight/{i}", shape, rank * SMALL, torch.ones(SMALL)) for i in range(400)]
     manager = CheckpointManager(folder, 1, staging=Staging(pieces))
-    write_piece = write._write_piece
+    tensor_checksum = write.tensor_checksum
 
-    def slow(file: Any, piece: Piece) -> Any:
+    def slow(data: Tensor, offset: int) -> int:
+        """Called once a piece."""
         time.sleep(0.1)
-        return write_piece(file, piece)
+        return tensor_checksum(data, offset)
 
     with pytest.MonkeyPatch.context() as patch, ExitStack() as faults:
         if rank == 0:
             faults.enter_context(no_space(folder))
         else:
-            patch.setattr(write, "_write_piece", slow)
+            patch.setattr(write, "tensor_checksum", slow)
         start_s = time.monotonic()
-        manager.begin(state_of(1), pieces, "a: 1\n")
+        manager.save_async(state_of(1), pieces, "a: 1\n")
         try:
             while manager.poll() is None:
                 time.sleep(0.05)
@@ -142,7 +144,7 @@ def test_a_failure_is_heard_while_others_write(world: World, tmp_path: Path) -> 
 def nothing_finite(rank: int, config: RunConfig) -> str:
     """A run whose third step is bad; the checkpoint of the second is under way."""
     run = open_run(rank, config)
-    write_all, measure = background.write, loop.measure
+    write_all, measure = async_save.write, loop.measure
 
     def slow(*args: Any) -> Any:
         time.sleep(1.0)
@@ -153,7 +155,7 @@ def nothing_finite(rank: int, config: RunConfig) -> str:
         return replace(result, grad_norm=math.nan) if run.clock.step == 2 else result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(background, "write", slow)
+        patch.setattr(async_save, "write", slow)
         patch.setattr(loop, "measure", spoilt)
         try:
             loop.train(run)
@@ -238,16 +240,15 @@ def train(
     alerts: list[str] = []
     if run.monitor is not None:
         run.monitor.alert = lambda _, text: alerts.append(text)  # type: ignore[method-assign]
-    with ExitStack() as faults:
+    with work_behind() as given, ExitStack() as faults:
 
         def begin() -> None:
+            if run.clock.step >= faulty_step - 1 and run.checkpoints.under_way is not None:
+                given[-1].exception()  # it meets the fault if it is to, and no other does
             if rank == failing and run.clock.step == faulty_step - 1:
                 faults.enter_context(no_space(config.run.folder))
-            if run.clock.step >= faulty_step:
-                if run.checkpoints._under_way is not None:
-                    run.checkpoints._under_way._writing.exception()  # it has met the fault
-                if not lasting:
-                    faults.close()
+            if run.clock.step >= faulty_step and not lasting:
+                faults.close()
 
         before_step(run, begin)
         error = ""

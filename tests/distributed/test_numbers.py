@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import newest_intact
+from dsv2_train.checkpoint.disk.integrity import newest_intact
 from dsv2_train.checkpoint.disk.state import GuardState
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.sampler import SkipList

@@ -8,10 +8,13 @@ import pytest
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 
-from dsv2_train.checkpoint.dcp import read
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError, latest_complete
+from dsv2_train.checkpoint import restore
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
+from dsv2_train.checkpoint.disk.layout import latest_complete
+from dsv2_train.checkpoint.disk.manifest import Manifest, TensorEntry
 from dsv2_train.config.run import RunConfig
+from dsv2_train.distributed.sharding import Piece
 from dsv2_train.train.checkpointing import final_save
 from dsv2_train.train.run import Run
 from tests.helpers.corpus import synthetic_folder
@@ -189,30 +192,36 @@ def test_a_mistake_is_seen_in_the_checksums(
 
 def _read_wrongly(rank: int, config: RunConfig, mistake: str) -> str:
     """What a rank is told whose reader, or whose ranges, are off by one."""
-    reads = read._reads
+    read_pieces = restore.read_pieces
 
-    def one_on(chunks: object, piece: read.Piece) -> list[read._Read]:
-        found = reads(chunks, piece)  # type: ignore[arg-type]
-        if piece.key.startswith("exp_avg/decoder.layers.3."):
-            size = piece.data.element_size()
-            found[-1] = replace(found[-1], byte_offset=found[-1].byte_offset - size)
-        return found
+    def one_off(path: Path, manifest: Manifest, wanted: list[Piece]) -> list[int]:
+        tensors = {
+            key: _one_off(entry) if key.startswith("exp_avg/decoder.layers.3.") else entry
+            for key, entry in manifest.tensors.items()
+        }
+        return read_pieces(path, replace(manifest, tensors=tensors), wanted)
 
     run = open_run(rank, config)
     pieces = list(run.optimizer.pieces())
     if mistake == "range" and rank == 1:
         last = max(range(len(pieces)), key=lambda i: pieces[i].data.numel())
         pieces[last] = replace(pieces[last], offset=pieces[last].offset - 1)
-    if mistake == "reader":
-        read._reads = one_on  # type: ignore[assignment]
-    try:
-        run.checkpoints.restore(pieces)
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        read._reads = reads
-        close_run(run)
+    with pytest.MonkeyPatch.context() as patch:
+        if mistake == "reader":
+            patch.setattr(restore, "read_pieces", one_off)
+        try:
+            run.checkpoints.restore(pieces)
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            close_run(run)
     return ""
+
+
+def _one_off(entry: TensorEntry) -> TensorEntry:
+    """Its elements of fp32 are looked for one too early."""
+    chunks = tuple(replace(one, byte_offset=one.byte_offset - 4) for one in entry.chunks)
+    return replace(entry, chunks=chunks)
 
 
 @pytest.mark.parametrize(

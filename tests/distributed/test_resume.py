@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dsv2_train.checkpoint.disk.folder import newest_intact
+from dsv2_train.checkpoint.disk.integrity import newest_intact
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.manifest import read_manifest
+from dsv2_train.monitor import monitor
 from dsv2_train.monitor.monitor import Monitor
+from dsv2_train.monitor.report import StartUp
+from dsv2_train.monitor.sinks.console import ConsoleSink
 from dsv2_train.train import setup
 from dsv2_train.train.loop import train
 from tests.helpers.corpus import synthetic_folder
@@ -99,12 +102,16 @@ def test_the_wandb_run_is_state(world: World, tmp_path: Path) -> None:
 
 def _told_totals(rank: int, config: RunConfig) -> tuple[int, int, int]:
     """Steps of the whole run in the start-up table and the progress counter; its tokens."""
-    run = open_run(rank, config)
-    assert run.monitor is not None
-    start = setup._start_up(run, [])
-    totals = (start.total_steps, run.monitor._console._total_steps, start.total_tokens)
-    close_run(run)
-    return totals
+    shown: list[StartUp] = []
+    counted: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "start_up_table", lambda start: shown.append(start) or "")
+        patch.setattr(
+            monitor, "ConsoleSink", lambda total: counted.append(total) or ConsoleSink(total)
+        )
+        close_run(open_run(rank, config))
+    [start], [steps] = shown, counted
+    return start.total_steps, steps, start.total_tokens
 
 
 def test_another_batch_moves_the_end_that_is_told(world: World, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,42 @@ from unittest.mock import patch
 
 import pytest
 
-from dsv2_train.checkpoint import background, save
+from dsv2_train.checkpoint import async_save, save
 from dsv2_train.checkpoint.dcp import write
+from dsv2_train.checkpoint.disk import layout
 from tests.helpers.saved import files_up_to
+
+Write = Callable[[int, memoryview], int]
+
+
+@contextmanager
+def data_written_by(write_data: Callable[[Write, int, memoryview], int]) -> Iterator[None]:
+    """Data files are written by a function, which is given the system's own; others as ever."""
+    write = os.write
+
+    def written(descriptor: int, data: memoryview) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(layout.DATA_SUFFIX):
+            return write_data(write, descriptor, data)
+        return write(descriptor, data)
+
+    with patch.object(os, "write", written):
+        yield
 
 
 @contextmanager
 def no_space(_folder: Path) -> Iterator[None]:
     """Writing data fails after some bytes, as on a full disk."""
-    write_all = write._write_all
     left = 100
 
-    def write_some(descriptor: int, data: Any) -> None:
+    def write_some(write: Write, descriptor: int, data: memoryview) -> int:
         nonlocal left
-        write_all(descriptor, memoryview(data)[:left])
-        if len(data) > left:
+        if left == 0:
             raise OSError(28, "No space left on device")
-        left -= len(data)
+        count = write(descriptor, data[:left])
+        left -= count
+        return count
 
-    with patch.object(write, "_write_all", write_some):
+    with data_written_by(write_some):
         yield
 
 
@@ -96,12 +114,26 @@ def small_disk(folder: Path) -> Iterator[None]:
 def held_writing() -> Iterator[threading.Event]:
     """No file is written before the event is set."""
     gate = threading.Event()
-    write = background.write
+    write = async_save.write
 
     def held(*args: object) -> object:
         assert gate.wait(60)
         return write(*args)  # type: ignore[arg-type]
 
-    with patch.object(background, "write", held):
+    with patch.object(async_save, "write", held):
         yield gate
         gate.set()
+
+
+@contextmanager
+def work_behind() -> Iterator[list[Future[Any]]]:
+    """What saves give to their threads to do, in order."""
+    given: list[Future[Any]] = []
+
+    class Recorded(ThreadPoolExecutor):
+        def submit(self, *work: Any, **options: Any) -> Future[Any]:
+            given.append(super().submit(*work, **options))
+            return given[-1]
+
+    with patch.object(async_save, "ThreadPoolExecutor", Recorded):
+        yield given

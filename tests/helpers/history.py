@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import open_verified
+from dsv2_train.checkpoint.disk.integrity import open_verified
 
 
 def trace(run_folder: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 
 _STORAGES = {
     torch.float64: torch.DoubleStorage,

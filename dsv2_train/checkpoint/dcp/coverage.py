@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.errors import CheckpointError, DamagedError
 from dsv2_train.distributed.sharding import Piece
 
 

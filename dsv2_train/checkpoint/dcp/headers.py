@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dsv2_train.checkpoint.dcp.archive import stream_header
 from dsv2_train.checkpoint.dcp.coverage import dtype_of
-from dsv2_train.checkpoint.disk.folder import reading
+from dsv2_train.checkpoint.disk.integrity import reading
 from dsv2_train.checkpoint.disk.manifest import Manifest
 
 

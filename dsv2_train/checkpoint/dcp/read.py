@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dsv2_train.checkpoint.disk.checksum import add_checksums, tensor_checksum
-from dsv2_train.checkpoint.disk.folder import reading
-from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.errors import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.integrity import reading
 from dsv2_train.checkpoint.disk.manifest import Chunk, Manifest
 from dsv2_train.distributed.sharding import Piece
 

@@ -18,6 +18,8 @@ import os
 import re
 from pathlib import Path
 
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+
 CONFIG = "config.yaml"
 STATE = "state.json"
 MANIFEST = "manifest.json"
@@ -30,18 +32,6 @@ _STEP = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".tmp_"
 _DAMAGED = "damaged_"
 _ROLLED_BACK = "rolled_back_"
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be written or used; the message names what is wrong and where."""
-
-
-class SaveError(CheckpointError):
-    """A checkpoint could not be written; those that were complete are as they were."""
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint is not as it was written; an older one may be."""
 
 
 def step_folder(folder: Path, step: int) -> Path:

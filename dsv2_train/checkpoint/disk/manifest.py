@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.errors import CheckpointError, DamagedError
 
 _FORMAT_VERSION = 1
 _ITEM_BYTES = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import remove
+from dsv2_train.checkpoint.disk.lifecycle import remove
 
 
 @dataclass(frozen=True)

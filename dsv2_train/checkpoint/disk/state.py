@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 
 _SCHEMA_VERSION = 1
 _TOO_MANY = 1 << 62  # sums of two still are int64

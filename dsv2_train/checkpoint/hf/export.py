@@ -9,10 +9,10 @@ from typing import BinaryIO
 import torch
 
 from dsv2_train.checkpoint.dcp.read import read_pieces
+from dsv2_train.checkpoint.disk.atomic_folder import new_folder
 from dsv2_train.checkpoint.disk.checksum import add_checksums
-from dsv2_train.checkpoint.disk.folder import crc_problems
-from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.disk.target import new_folder
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import crc_problems
 from dsv2_train.checkpoint.hf.mapping.config import CONFIG, config_of
 from dsv2_train.checkpoint.hf.mapping.tensors import Cut
 from dsv2_train.checkpoint.hf.safetensors import DTYPES, INDEX, ITEM_BYTES, file_header
@@ -20,7 +20,7 @@ from dsv2_train.checkpoint.hf.source import Source
 from dsv2_train.config.sections.model import ModelConfig
 from dsv2_train.distributed.sharding import Piece
 
-_BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _Reader:
     def __init__(self, source: Source) -> None:
         self._source = source
         dtype = getattr(torch, source.dtype)
-        self._buffer = torch.empty(_BLOCK_BYTES // dtype.itemsize, dtype=dtype)
+        self._buffer = torch.empty(BLOCK_BYTES // dtype.itemsize, dtype=dtype)
         self._checksums: dict[str, list[int]] = {}
         self._left: dict[str, int] = {}
 

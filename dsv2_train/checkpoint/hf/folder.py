@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2_train.checkpoint.dcp.coverage import listing
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.checkpoint.hf.mapping.config import CONFIG
 from dsv2_train.checkpoint.hf.mapping.tensors import cuts
 from dsv2_train.checkpoint.hf.safetensors import DTYPES, INDEX, StoredTensor, read_header

@@ -22,12 +22,11 @@ import torch
 from dsv2_train.checkpoint.dcp.coverage import Range
 from dsv2_train.checkpoint.dcp.metadata import metadata_bytes, tensor_entries
 from dsv2_train.checkpoint.dcp.write import write_pieces
-from dsv2_train.checkpoint.disk import folder as folders
-from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk import layout, lifecycle
+from dsv2_train.checkpoint.disk.atomic_folder import new_folder
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.disk.target import new_folder
 from dsv2_train.checkpoint.hf.folder import check_tensors, read_json, stored_tensors
 from dsv2_train.checkpoint.hf.mapping.config import CONFIG, model_of
 from dsv2_train.checkpoint.hf.mapping.tensors import Cut, cuts
@@ -37,7 +36,7 @@ from dsv2_train.config.load import model_to_yaml
 from dsv2_train.distributed.sharding import Piece
 
 _STEP = 0
-_BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def blocks_of(
         most: elements in a block; as many as 64 MiB hold if None.
     """
     item_bytes = _dtype(dtype).itemsize
-    most = most or _BLOCK_BYTES // item_bytes
+    most = most or BLOCK_BYTES // item_bytes
     blocks = []
     for cut in wanted:
         stored = found[cut.part.name]
@@ -115,12 +114,12 @@ def blocks_of(
 
 def _write(folder: Path, blocks: Sequence[Block], contents: dict[str, bytes]) -> None:
     name = layout.data_file(0)
-    temporary = folders.start(folder, _STEP)
+    temporary = lifecycle.start_folder(folder, _STEP)
     entry, written = write_pieces(temporary / name, _pieces(blocks))
     places = [(name, block.place, place) for block, place in zip(blocks, written, strict=True)]
     contents[layout.METADATA] = metadata_bytes(places)
     manifest = Manifest(_STEP, tensor_entries(places), {name: entry})
-    folders.publish(temporary, manifest, contents)
+    lifecycle.finalize_folder(temporary, manifest, contents)
 
 
 def _pieces(blocks: Sequence[Block]) -> Iterator[Piece]:

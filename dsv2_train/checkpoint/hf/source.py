@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dsv2_train.checkpoint.dcp.coverage import listing
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
 from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.hf.mapping.config import CONFIG, Facts, longest_sequence, model_of
 from dsv2_train.checkpoint.hf.mapping.tensors import WEIGHT, Cut, cuts

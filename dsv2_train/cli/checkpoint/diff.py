@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import open_verified
+from dsv2_train.checkpoint.disk.integrity import open_verified
 from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.cli.run_folder.changes import changes
 from dsv2_train.config.load import read_values

@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 

@@ -5,8 +5,8 @@ from datetime import datetime
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
 from dsv2_train.cli.checkpoint.folders import everything, folder_of_run, human, size_of
 from dsv2_train.config.load import read_values
 from dsv2_train.config.problems import ConfigError

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import open_verified, remove
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
+from dsv2_train.checkpoint.disk.lifecycle import remove
 from dsv2_train.checkpoint.disk.retention import Retention, superseded
 from dsv2_train.cli.checkpoint.folders import folder_of_run, human, size_of
 

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.errors import CheckpointError, DamagedError
+from dsv2_train.checkpoint.disk.integrity import open_verified
 from dsv2_train.checkpoint.verify import verify
 from dsv2_train.cli.checkpoint.folders import folder_of_run, human
 from dsv2_train.cli.main import EXIT_FAILED

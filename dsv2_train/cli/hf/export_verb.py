@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from dsv2_train.checkpoint.disk.errors import CheckpointError, TargetError
 from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.checkpoint.hf.export import as_json, export
 from dsv2_train.checkpoint.hf.mapping.config import Facts
@@ -41,7 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     """
     source = open_source(checkpoint_at(arguments.checkpoint))
     source, companions, told = _with_companions(source, arguments.data)
-    done = export(source, arguments.out, arguments.shard_size, companions)
+    try:
+        done = export(source, arguments.out, arguments.shard_size, companions)
+    except TargetError as error:
+        raise CheckpointError(f"--out {error}") from error
     files = "one file" if done.num_files == 1 else f"{done.num_files:,} files"
     print(
         f"{arguments.out}: {source.path} as Hugging Face has it\n"

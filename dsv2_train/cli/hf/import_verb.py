@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dsv2_train.checkpoint.disk.errors import CheckpointError, TargetError
 from dsv2_train.checkpoint.hf.intake import import_folder
 
 
@@ -25,7 +26,10 @@ def run(arguments: argparse.Namespace) -> int:
         CheckpointError: for a folder that cannot be used, a target that is there or cannot hold
             the weights.
     """
-    path = import_folder(arguments.folder, arguments.out)
+    try:
+        path = import_folder(arguments.folder, arguments.out)
+    except TargetError as error:
+        raise CheckpointError(f"--out {error}") from error
     print(
         f"{path}: the weights of {arguments.folder}; no optimizer state, the clock is at zero\n"
         f"  a run of the same model begins with them: checkpoint.init_from={arguments.out}"

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
+from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.cli.run_folder.changes import changes
 from dsv2_train.config.load import read_values
 from dsv2_train.config.problems import Problem

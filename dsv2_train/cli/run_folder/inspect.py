@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import Newest, newest_intact
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import Newest, newest_intact
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.cli.run_folder.begin_from import can_begin_from
 from dsv2_train.cli.run_folder.changes import (

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.data.sampler import SkipList, joined, samples_at
 from dsv2_train.recipe.clock import Clock, Point
 from dsv2_train.train.checkpointing import finish

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv2_train.checkpoint.disk.checksum import tensor_checksum
-from dsv2_train.checkpoint.ranks import Ranks
+from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.distributed.sharding import whole_of
 from dsv2_train.train.guards.incident import tell
 from dsv2_train.train.run import Run
@@ -51,7 +51,7 @@ def check_replicas(run: Run) -> None:
     every, step = run.config.guards.replica_check_every_steps, run.clock.step + 1
     if every is None or step % every:
         return
-    found = Ranks(run.hosts).reduce(lambda: _held(run), differences)
+    found = RankGroup(run.hosts).gather_then_broadcast(lambda: _held(run), differences)
     if not found:
         return
     told = f"step {step}: {describe(found)}"

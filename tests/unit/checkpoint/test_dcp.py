@@ -1,7 +1,6 @@
-"""Files that torch.distributed.checkpoint's own reader accepts; ranges that must be whole."""
+"""Files that torch.distributed.checkpoint's own reader accepts; ranges that must be pieces_of."""
 
 import io
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from dsv2_train.checkpoint.dcp.archive import stream_header
 from dsv2_train.checkpoint.dcp.coverage import Range, check_coverage, ranges_of
 from dsv2_train.checkpoint.dcp.write import write_pieces
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.distributed.sharding import Piece
+from tests.helpers.saved import files_up_to
+from tests.helpers.tensors import pieces_of
 
 STATE = TrainState(5, 10, 640, 5)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
@@ -33,10 +34,6 @@ def tensors() -> dict[str, Tensor]:
     }
     # several blocks of a file, and more than one write in flight
     return {**values, "weight/large": torch.randn(1700, 1701, generator=generator)}
-
-
-def whole(values: dict[str, Tensor]) -> list[Piece]:
-    return [Piece(key, tuple(value.shape), 0, value.view(-1)) for key, value in values.items()]
 
 
 def halves(values: dict[str, Tensor]) -> list[Piece]:
@@ -73,7 +70,7 @@ def with_empty_pieces(values: dict[str, Tensor]) -> list[Piece]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("cut", [whole, halves, with_empty_pieces])
+@pytest.mark.parametrize("cut", [pieces_of, halves, with_empty_pieces])
 def test_torchs_own_reader_reads_our_files(
     tmp_path: Path, cut: Callable[[dict[str, Tensor]], list[Piece]]
 ) -> None:
@@ -162,10 +159,5 @@ def test_a_piece_that_is_no_flat_range_is_refused(piece: Piece) -> None:
 @pytest.mark.parametrize("numel", [1 << 21, 1 << 19])
 def test_an_error_while_writing_reaches_the_caller(tmp_path: Path, numel: int) -> None:
     data = torch.zeros(numel)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_pieces(tmp_path / "file", [Piece("weight/x", (numel,), 0, data)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_up_to(1 << 20), pytest.raises(OSError, match="File too large"):
+        write_pieces(tmp_path / "file", [Piece("weight/x", (numel,), 0, data)])

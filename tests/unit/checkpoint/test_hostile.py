@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsv2_train.checkpoint.disk import folder, layout
-from dsv2_train.checkpoint.disk.layout import DamagedError
+from dsv2_train.checkpoint.disk import integrity, layout
+from dsv2_train.checkpoint.disk.errors import DamagedError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.cli.main import main
@@ -56,7 +56,7 @@ def replace_files(path: Path, contents: dict[str, bytes]) -> None:
 def rewrite(path: Path, manifest: bytes) -> None:
     """Put another manifest into a checkpoint, and the marker that belongs to it."""
     (path / layout.MANIFEST).write_bytes(manifest)
-    (path / layout.MARKER).write_bytes(folder.marker_of(manifest))
+    (path / layout.MARKER).write_bytes(integrity.marker_of(manifest))
 
 
 def test_pickles_of_a_stranger_are_not_opened(saved: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_manifest_leads_to_no_other_file(saved: Path, name: str) -> None:
         text = text.replace(f'"{name}": {{', '"__0_0.distcp": {')
     rewrite(saved, text.encode())
     with pytest.raises(DamagedError, match="is no file of this checkpoint"):
-        folder.open_verified(saved)
+        integrity.open_verified(saved)
 
 
 LARGE = {"shape": [2**40], "dtype": "float32", "checksum": "0" * 16, "chunks": []}
@@ -166,7 +166,7 @@ def test_a_manifest_that_is_false_is_damage_to_everybody(
     FALSE[what](manifest)
     rewrite(saved, json.dumps(manifest).encode())
     with pytest.raises(DamagedError, match="manifest: "):
-        folder.open_verified(saved)
+        integrity.open_verified(saved)
     assert [main(words) for words in verbs(saved)] == [0, 1, 0, 2, 2], "ls goes on, no traceback"
     told = capsys.readouterr()
     assert (told.out + told.err).count("manifest: ") == 4

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2_train.checkpoint.disk import folder, layout
-from dsv2_train.checkpoint.disk.layout import SaveError
+from dsv2_train.checkpoint.disk import layout, lifecycle
+from dsv2_train.checkpoint.disk.errors import SaveError
 from dsv2_train.checkpoint.disk.retention import Retention, prune, to_remove
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
@@ -68,7 +68,7 @@ def test_a_save_removes_what_is_not_kept(tmp_path: Path, behind: bool) -> None:
     staging = Staging(PIECES) if behind else None
     manager = CheckpointManager(tmp_path, 10, staging=staging, retention=Retention(2, 30))
     for step in range(10, 70, 10):
-        manager.begin(replace(STATE, step=step), PIECES, "")
+        manager.save_async(replace(STATE, step=step), PIECES, "")
         manager.wait()
     assert names(tmp_path) == ["step_00000030", "step_00000050", "step_00000060"]
 
@@ -86,7 +86,7 @@ def test_damaged_and_unfinished_ones_are_no_business_of_it(tmp_path: Path) -> No
     for step in (10, 20, 30, 40):
         save(manager, step)
     (tmp_path / "step_00000010" / layout.MARKER).unlink()
-    folder.set_aside(tmp_path / "step_00000020")
+    lifecycle.set_aside(tmp_path / "step_00000020")
     prune(tmp_path, Retention(1))
     assert names(tmp_path) == ["damaged_step_00000020", "step_00000010", "step_00000040"]
 

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from dsv2_train.checkpoint.dcp import write
-from dsv2_train.checkpoint.disk import folder, layout
-from dsv2_train.checkpoint.disk.layout import SaveError
+from dsv2_train.checkpoint.disk import layout, lifecycle
+from dsv2_train.checkpoint.disk.atomic_folder import new_folder
+from dsv2_train.checkpoint.disk.errors import SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
-from dsv2_train.checkpoint.disk.target import new_folder
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.distributed.sharding import Piece
@@ -49,7 +48,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
 def save(path: Path, behind: bool = False) -> Path:
     manager = CheckpointManager(path, 10, staging=Staging(PIECES) if behind else None)
-    manager.begin(STATE, PIECES, "run: {}\n")
+    manager.save_async(STATE, PIECES, "run: {}\n")
     manager.wait()
     return layout.step_folder(path, STATE.step)
 
@@ -78,11 +77,11 @@ def test_a_save_is_on_the_disk_before_it_is_renamed_and_marked(
     ]
 
 
-def test_large_files_go_to_the_disk_on_the_way(
-    tmp_path: Path, events: list[Event], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(write, "_SYNC_BYTES", 1 << 20)
-    save(tmp_path)
+LARGE = Piece("weight/a", (9 << 20,), 0, torch.ones(9 << 20))  # 36 MiB; 32 go to the disk at once
+
+
+def test_large_files_go_to_the_disk_on_the_way(tmp_path: Path, events: list[Event]) -> None:
+    CheckpointManager(tmp_path, 10).save(STATE, [LARGE], "")
     assert ("sync data", tmp_path / ".tmp_step_00000010" / layout.data_file(0)) in [
         event[:2] for event in events
     ]
@@ -96,24 +95,23 @@ def test_what_the_disk_says_of_the_last_part_is_heard(
     def fail(_: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(write, "_SYNC_BYTES", 1 << 20)
     monkeypatch.setattr(os, "fdatasync", fail)
     with pytest.raises(SaveError, match="Input/output error"):
-        CheckpointManager(tmp_path, 10).save(STATE, PIECES[:1], "")
+        CheckpointManager(tmp_path, 10).save(STATE, [LARGE], "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_moved_aside_is_so_on_the_disk(tmp_path: Path, events: list[Event]) -> None:
     path = save(tmp_path)
     del events[:]
-    folder.set_aside(path)
+    lifecycle.set_aside(path)
     assert events == [("rename", path, 0), ("sync", tmp_path, 0)]
 
 
 def test_a_checkpoint_is_deleted_when_its_name_is_gone(tmp_path: Path, events: list[Event]) -> None:
     path = save(tmp_path)
     del events[:]
-    folder.remove(path)
+    lifecycle.remove(path)
     removed = tmp_path / ".tmp_removed_step_00000010"
     assert events == [("rename", path, 0), ("sync", tmp_path, 0), ("delete", removed, 0)]
 
@@ -122,7 +120,7 @@ def test_a_marker_that_is_written_again_is_on_the_disk(tmp_path: Path, events: l
     path = save(tmp_path)
     (path / layout.MARKER).unlink()
     del events[:]
-    folder.mark(path)
+    lifecycle.mark(path)
     marker = path / layout.MARKER
     assert events == [("sync", marker, marker.stat().st_size), ("sync", path, 0)]
 

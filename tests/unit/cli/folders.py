@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from dsv2_train.checkpoint.disk import folder as folders
-from dsv2_train.checkpoint.disk import layout
+from dsv2_train.checkpoint.disk import layout, lifecycle
 from dsv2_train.checkpoint.disk import manifest as manifests
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.config.load import to_yaml
@@ -49,5 +48,5 @@ def write_checkpoint(config: RunConfig, step: int, data: Mapping[str, bytes] | N
     state = TrainState(step, clock.consumed_samples, schedule.consumed_tokens(clock), step)
     contents = {layout.CONFIG: to_yaml(config).encode(), layout.STATE: state.to_json().encode()}
     contents |= data or {}
-    temporary = folders.start(config.run.checkpoint_folder, step)
-    return folders.publish(temporary, manifests.Manifest(step, {}, {}), contents)
+    temporary = lifecycle.start_folder(config.run.checkpoint_folder, step)
+    return lifecycle.finalize_folder(temporary, manifests.Manifest(step, {}, {}), contents)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv2_train.checkpoint.disk import folder, layout
-from dsv2_train.checkpoint.disk.layout import DamagedError
+from dsv2_train.checkpoint.disk import integrity, layout, lifecycle
+from dsv2_train.checkpoint.disk.errors import DamagedError
+from dsv2_train.checkpoint.disk.manifest import Manifest
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.cli.checkpoint import ls, prune
@@ -67,8 +68,8 @@ def test_ls_tells_of_everything_there_is(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     paths = {step: save(tmp_path, step) for step in (10, 20, 30, 40, 60)}
-    folder.set_aside(paths[10])
-    folder.set_back(paths[60])
+    lifecycle.set_aside(paths[10])
+    lifecycle.set_back(paths[60])
     (paths[20] / layout.MARKER).unlink()
     flip(paths[40] / layout.STATE, 5)
     shutil.copytree(paths[30], tmp_path / "checkpoints" / ".tmp_step_00000050")
@@ -104,7 +105,7 @@ def test_verify_reads_every_byte(capsys: pytest.CaptureFixture[str], tmp_path: P
     good, bad = save(tmp_path, 10), save(tmp_path, 20)
     status, text = told(capsys, "verify", tmp_path)
     assert (status, text.count("as written (4 files, 2 tensors")) == (0, 2)
-    manifest, _ = folder.open_verified(bad)
+    manifest, _ = integrity.open_verified(bad)
     flip(bad / layout.data_file(0), manifest.tensors["weight/b"].chunks[0].byte_offset)
     status, text = told(capsys, "verify", tmp_path)
     assert status == 1
@@ -135,7 +136,7 @@ def test_verify_finds_what_no_tensor_holds(
 
 def gone(path: Path, *_: object, **__: object) -> None:
     """What a run beside the verb does at this moment."""
-    folder.remove(path)
+    lifecycle.remove(path)
     raise DamagedError("manifest.json: missing")
 
 
@@ -148,9 +149,9 @@ def test_what_a_run_removes_meanwhile_is_no_damage(
 ) -> None:
     first, second = save(tmp_path, 10), save(tmp_path, 20)
 
-    def removed(path: Path, manifest: folder.Manifest) -> Iterator[tuple[int, str | None]]:
+    def removed(path: Path, manifest: Manifest) -> Iterator[tuple[int, str | None]]:
         if path == first:
-            folder.remove(path)
+            lifecycle.remove(path)
         return VERIFY(path, manifest)
 
     if when == "before":
@@ -182,7 +183,7 @@ def test_ls_beside_a_run_that_removes(
 
     def beside(path: Path, **how: bool) -> object:
         if path == first and path.exists():
-            folder.remove(path)
+            lifecycle.remove(path)
         return function(path, **how)
 
     monkeypatch.setattr(ls, moment, beside)
@@ -206,7 +207,7 @@ def test_prune_beside_a_run_that_removes(
 
     def late(path: Path) -> None:
         if layout.step_of(path) == 10:
-            folder.remove(path)
+            lifecycle.remove(path)
         remove(path)
 
     monkeypatch.setattr(prune, "remove", late)

@@ -102,7 +102,6 @@ def test_a_folder_that_was_prepared_anew_is_not_taken(tmp_path: Path, capsys: Ca
     ("words", "told"),
     [
         (["export", "nowhere", "--out", "hf"], "nowhere: no such folder; must be a run folder"),
-        (["export", "run", "--out", "run"], "run: is there already; give another --out"),
         (["export", "run", "--out", "run/config.yaml/x"], "run/config.yaml"),
         (["import", "nowhere", "--out", "a"], "nowhere: no such folder; must be a Hugging Face"),
         (["import", "run", "--out", "a"], "run: holds no config.json; must be a Hugging Face"),
@@ -137,3 +136,15 @@ def test_what_is_no_size(text: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit):
         main(["export", "run", "--out", "hf", f"--shard-size={text}"])
     assert "must be a size, for instance 5GB" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_told_as_the_option_it_is(
+    run_folder: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    run, out = str(run_folder), str(tmp_path / "hf")
+    assert main(["export", run, "--out", out]) == 0
+    for words in (["export", run, "--out", run], ["import", out, "--out", run]):
+        capsys.readouterr()
+        assert main(words) == 2
+        told = f"--out {run}: is there already; give another folder, or remove it\n"
+        assert capsys.readouterr().err == told

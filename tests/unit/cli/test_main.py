@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.cli import main as cli
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.data.manifest import DataError

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import marker_of
+from dsv2_train.checkpoint.disk.integrity import marker_of
 from dsv2_train.cli.compose import compose_values
 from dsv2_train.cli.launch import __main__ as launcher
 from dsv2_train.cli.launch import start

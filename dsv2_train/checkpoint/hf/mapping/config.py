@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.checkpoint.hf.mapping.rope import (
     KEY_OF_YARN_FIELD,
     rope_fields,

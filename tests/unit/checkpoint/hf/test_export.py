@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dsv2_train.checkpoint.disk import folder as folders
-from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError, checkpoint_at
+from dsv2_train.checkpoint.disk import integrity, layout, lifecycle
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.checkpoint.hf import export as module
 from dsv2_train.checkpoint.hf.export import export
 from dsv2_train.checkpoint.hf.intake import import_folder
@@ -57,7 +57,7 @@ def entries(folder: Path) -> dict[str, bytes]:
 def test_every_tensor_is_the_checkpoints(
     saved: tuple[Path, list[Piece]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 512)  # so that tensors take several blocks
+    monkeypatch.setattr(module, "BLOCK_BYTES", 512)  # so that tensors take several blocks
     checkpoint, weights = saved
     source = open_source(checkpoint)
     done = export(source, tmp_path / "out", SMALL, COMPANIONS)
@@ -229,13 +229,13 @@ def test_weights_of_another_model_are_refused_with_every_difference(tmp_path: Pa
 
 def rewrite(checkpoint: Path, contents: dict[str, bytes]) -> None:
     """Small files of a checkpoint with other contents, in order as if they were written so."""
-    manifest, _ = folders.open_verified(checkpoint)
+    manifest, _ = integrity.open_verified(checkpoint)
     kept = {name: each for name, each in manifest.files.items() if name not in contents}
     temporary = checkpoint.with_name(".tmp_" + checkpoint.name)
     shutil.move(checkpoint, temporary)
     for name in (*contents, layout.MANIFEST, layout.MARKER):
         (temporary / name).unlink()
-    folders.publish(temporary, replace(manifest, files=kept), contents)
+    lifecycle.finalize_folder(temporary, replace(manifest, files=kept), contents)
 
 
 @pytest.mark.parametrize("there", ["a file in it", "a file"])
@@ -248,7 +248,7 @@ def test_a_target_that_is_there_is_refused_and_kept(
     else:
         out.mkdir()
         (out / "mine").touch()
-    with pytest.raises(CheckpointError, match="out: is there already; give another --out"):
+    with pytest.raises(CheckpointError, match="out: is there already; give another folder"):
         export(open_source(saved[0]), out, SMALL, {})
     assert out.is_file() or [path.name for path in out.iterdir()] == ["mine"]
 
@@ -296,8 +296,8 @@ from pathlib import Path
 from dsv2_train.checkpoint.hf import export, intake, source
 root = Path(sys.argv[1])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-export._Reader(source.open_source(root / sys.argv[2]))
-intake._BLOCK_BYTES = 4 << 20
+source.open_source(root / sys.argv[2])
+intake.BLOCK_BYTES = 4 << 20
 before = peak()
 export.export(source.open_source(root / sys.argv[2]), root / "out", 10**9, {})
 exported = peak()

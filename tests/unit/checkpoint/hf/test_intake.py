@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import load
 
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.folder import open_verified
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import open_verified
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.hf.export import export
 from dsv2_train.checkpoint.hf.intake import blocks_of, import_folder
@@ -259,6 +259,13 @@ def entry(start: int, end: int, dtype: object = "F32") -> dict[str, object]:
     return {"dtype": dtype, "shape": [(end - start) // 4], "data_offsets": [start, end]}
 
 
+def test_a_header_that_is_nested_without_end(tmp_path: Path) -> None:
+    text = b'{"a":' * 100_000
+    (tmp_path / "nested").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match="no safetensors file: its header: RecursionError"):
+        read_header(tmp_path / "nested")
+
+
 @pytest.mark.parametrize(
     ("header", "said"),
     [
@@ -292,7 +299,7 @@ def test_the_checkpoints_of_a_run_are_no_place(
 ) -> None:
     checkpoints = config.run.checkpoint_folder
     before = {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*")}
-    assert f"{checkpoints}: is there already; give another --out" in refusal(folder, checkpoints)
+    assert f"{checkpoints}: is there already; give another folder" in refusal(folder, checkpoints)
     assert {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*")} == before
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 from dsv2_train.checkpoint.hf.mapping.config import Facts, config_of, longest_sequence, model_of
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.sections.model import ModelConfig, YarnConfig

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dsv2_train.checkpoint.disk.layout import CheckpointError
+from dsv2_train.checkpoint.disk.errors import TargetError
 
 
 @contextmanager
@@ -18,8 +18,8 @@ def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         num_bytes: what will be written; too small a disk is refused before the first byte is.
 
     Raises:
-        CheckpointError: for a target that is there or is being written, for a disk without room,
-            and for whatever the system refuses meanwhile. Then, and when the block fails, the
+        TargetError: for a target that is there or is being written, for a disk without room, and
+            for whatever the system refuses meanwhile. Then, and when the block fails, the
             folder is removed, with the parents that were made for it.
     """
     target = Path(os.path.abspath(target))
@@ -29,7 +29,7 @@ def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         new_parents = [path for path in target.parents if not path.exists()]
         written = _make(target)
     except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error}") from error
+        raise TargetError(f"{target}: cannot be written: {error}") from error
     try:
         yield written
         for path in [*written.iterdir(), written]:
@@ -44,7 +44,7 @@ def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
                 parent.rmdir()
         if isinstance(error, OSError):
             message = f"{target}: not written: {error}; nothing is left behind"
-            raise CheckpointError(message) from error
+            raise TargetError(message) from error
         raise
 
 
@@ -70,16 +70,16 @@ def sync_parents(path: Path) -> None:
 
 def _require_free(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: is there already; give another --out, or remove it")
+        raise TargetError(f"{target}: is there already; give another folder, or remove it")
 
 
 def _require_space(target: Path, num_bytes: int) -> None:
     nearest = next(path for path in (target, *target.parents) if path.exists())
     free = shutil.disk_usage(nearest).free
     if num_bytes > free:
-        raise CheckpointError(
+        raise TargetError(
             f"{target}: needs {num_bytes:,} bytes, free are {free:,}; make room, or give another "
-            "--out"
+            "folder"
         )
 
 
@@ -89,8 +89,8 @@ def _make(target: Path) -> Path:
     try:
         temporary.mkdir()
     except FileExistsError as error:
-        raise CheckpointError(
-            f"{temporary}: is there already: {target.name} is being written by another process, or "
-            "one that did was killed; wait for it, or remove what it left"
+        raise TargetError(
+            f"{target}: is being written by another process, or one that did was killed: "
+            f"{temporary} is there already; wait for it, or remove what it left"
         ) from error
     return temporary

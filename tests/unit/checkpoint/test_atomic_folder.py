@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dsv2_train.checkpoint.disk import target
-from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.disk.target import new_folder
+from dsv2_train.checkpoint.disk import atomic_folder
+from dsv2_train.checkpoint.disk.atomic_folder import new_folder
+from dsv2_train.checkpoint.disk.errors import CheckpointError
 
 
 def fill(out: Path, num_bytes: int = 4) -> None:
@@ -49,7 +49,8 @@ def test_what_is_being_written_is_left_to_who_writes_it(tmp_path: Path) -> None:
     with new_folder(out, 0) as folder:
         (folder / "file").write_text("theirs")
         told = refusal(out)
-    assert told.startswith(f"{tmp_path / '.tmp_out'}: is there already: out is being written by")
+    assert told.startswith(f"{out}: is being written by another process")
+    assert f"{tmp_path / '.tmp_out'} is there already" in told
     assert (out / "file").read_text() == "theirs"
 
 
@@ -80,7 +81,7 @@ def test_what_fails_at_the_end_leaves_nothing(
         if path.name == synced:
             raise error
 
-    monkeypatch.setattr(target, "sync", fail)
+    monkeypatch.setattr(atomic_folder, "sync", fail)
     with pytest.raises((CheckpointError, KeyboardInterrupt)):
         fill(tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []
@@ -92,7 +93,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     told = refusal(tmp_path / "new" / "out", 1001)
-    assert "needs 1,001 bytes, free are 1,000; make room, or give another --out" in told
+    assert "needs 1,001 bytes, free are 1,000; make room, or give another folder" in told
     fill(tmp_path / "new" / "out", 1000)
 
 

@@ -9,32 +9,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_train.checkpoint.background import Finished
-from dsv2_train.checkpoint.dcp import write
+from dsv2_train.checkpoint.async_save import Finished
 from dsv2_train.checkpoint.disk import layout
-from dsv2_train.checkpoint.disk.layout import CheckpointError, SaveError
+from dsv2_train.checkpoint.disk.errors import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.distributed.sharding import Piece
-from tests.helpers.faults import held_writing, no_space
+from tests.helpers.faults import Write, data_written_by, held_writing, no_space
+from tests.helpers.tensors import blank, drawn, equal, pieces_of
 
 STATE = TrainState(1, 2, 128, 1)
 CONFIG = "run:\n  name: test\n"
 
 
+SHAPES = {
+    "weight/a": (30, 7),
+    "master/a": (30, 7),
+    "weight/none": (0, 3),
+    "master/large": (1100, 1001),
+}
+
+
 def tensors() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "weight/a": torch.randn(30, 7, generator=generator).bfloat16(),
-        "master/a": torch.randn(30, 7, generator=generator),
-        "weight/none": torch.zeros(0, 3),
-        "weight/large": torch.randn(1100, 1001, generator=generator),
-    }
-
-
-def pieces_of(values: dict[str, Tensor]) -> list[Piece]:
-    return [Piece(key, tuple(value.shape), 0, value.view(-1)) for key, value in values.items()]
+    return drawn(SHAPES)
 
 
 def manager_of(folder: Path) -> CheckpointManager:
@@ -45,7 +43,7 @@ def test_the_files_are_those_of_a_blocking_save(tmp_path: Path) -> None:
     blocking = CheckpointManager(tmp_path / "blocking", 1)
     behind = manager_of(tmp_path / "behind")
     path = blocking.save(STATE, pieces_of(tensors()), CONFIG)
-    behind.begin(STATE, pieces_of(tensors()), CONFIG)
+    behind.save_async(STATE, pieces_of(tensors()), CONFIG)
     finished = behind.wait()
     assert finished is not None
     assert finished.step == STATE.step
@@ -55,17 +53,17 @@ def test_the_files_are_those_of_a_blocking_save(tmp_path: Path) -> None:
 
 
 def changed_while_written(folder: Path) -> bool:
-    """Whether what is saved has changed with the weights after `begin` returned."""
+    """Whether what is saved has changed with the weights after `save_async` returned."""
     manager, values = manager_of(folder), tensors()
     with held_writing() as gate:
-        manager.begin(STATE, pieces_of(values), CONFIG)
+        manager.save_async(STATE, pieces_of(values), CONFIG)
         for value in values.values():
             value.add_(1)
         gate.set()
         manager.wait()
-    loaded = {key: torch.zeros_like(value) for key, value in values.items()}
+    loaded = blank(values)
     assert manager.restore(pieces_of(loaded)) == STATE
-    return any(not torch.equal(loaded[key], value) for key, value in tensors().items())
+    return not equal(loaded, tensors())
 
 
 def test_what_is_written_is_what_was_copied(
@@ -80,7 +78,7 @@ def test_polling_does_not_wait(tmp_path: Path) -> None:
     manager = manager_of(tmp_path)
     assert manager.poll() is None
     with held_writing() as gate:
-        manager.begin(STATE, pieces_of(tensors()), CONFIG)
+        manager.save_async(STATE, pieces_of(tensors()), CONFIG)
         assert manager.under_way == STATE.step
         assert [manager.poll() for _ in range(3)] == [None] * 3
         assert layout.latest_complete(tmp_path) is None
@@ -103,9 +101,9 @@ def poll_to_the_end(manager: CheckpointManager) -> Finished:
 def test_at_most_one_is_under_way(tmp_path: Path) -> None:
     manager = manager_of(tmp_path)
     with held_writing() as gate:
-        manager.begin(STATE, pieces_of(tensors()), CONFIG)
+        manager.save_async(STATE, pieces_of(tensors()), CONFIG)
         threading.Timer(0.1, gate.set).start()
-        manager.begin(replace(STATE, step=2), pieces_of(tensors()), CONFIG)
+        manager.save_async(replace(STATE, step=2), pieces_of(tensors()), CONFIG)
         assert layout.latest_complete(tmp_path) == layout.step_folder(tmp_path, 1)
         assert manager.under_way == 2
     assert manager.save(replace(STATE, step=3), pieces_of(tensors()), CONFIG).name.endswith("3")
@@ -114,7 +112,7 @@ def test_at_most_one_is_under_way(tmp_path: Path) -> None:
 
 def test_without_memory_to_copy_to_it_is_written_at_once(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, 1)
-    manager.begin(STATE, pieces_of(tensors()), CONFIG)
+    manager.save_async(STATE, pieces_of(tensors()), CONFIG)
     assert manager.under_way is None
     assert layout.latest_complete(tmp_path) is not None
 
@@ -122,7 +120,7 @@ def test_without_memory_to_copy_to_it_is_written_at_once(tmp_path: Path) -> None
 def test_a_complete_checkpoint_is_not_begun_again(tmp_path: Path) -> None:
     manager = manager_of(tmp_path)
     manager.save(STATE, pieces_of(tensors()), CONFIG)
-    manager.begin(STATE, pieces_of(tensors()), CONFIG)
+    manager.save_async(STATE, pieces_of(tensors()), CONFIG)
     assert manager.under_way is None
 
 
@@ -144,22 +142,17 @@ def test_too_little_memory_is_told_at_the_start() -> None:
         Staging([huge])
 
 
-def test_what_the_disk_gives_back_is_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_all = write._write_all
-
-    def another(descriptor: int, data: bytearray) -> None:
-        write_all(descriptor, bytes([data[0] ^ 1, *data[1:100], *data[100:]]))
+def test_what_the_disk_gives_back_is_what_was_written(tmp_path: Path) -> None:
+    def another(write: Write, descriptor: int, data: memoryview) -> int:
+        return write(descriptor, memoryview(bytes([data[0] ^ 1, *data[1:]])))
 
     manager = manager_of(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(write, "_write_all", another)
-        manager.begin(STATE, pieces_of({"weight/a": torch.ones(9)}), CONFIG)
+    with data_written_by(another):
+        manager.save_async(STATE, pieces_of({"weight/a": torch.ones(9)}), CONFIG)
         with pytest.raises(SaveError, match=r"__0_0\.distcp: the disk gives back other bytes than"):
             manager.wait()
     assert list(tmp_path.iterdir()) == []
-    manager.begin(STATE, pieces_of({"weight/a": torch.ones(9)}), CONFIG)
+    manager.save_async(STATE, pieces_of({"weight/a": torch.ones(9)}), CONFIG)
     assert manager.wait() is not None
 
 
@@ -172,7 +165,7 @@ def test_a_failed_save_is_due_once_more(tmp_path: Path, asynchronous: bool) -> N
     def attempt(step: int) -> list[bool]:
         """Whether the next steps are due after a save."""
         with suppress(SaveError):
-            manager.begin(replace(STATE, step=step), values, CONFIG)
+            manager.save_async(replace(STATE, step=step), values, CONFIG)
             manager.wait()
         return [manager.due(step) for step in (11, 20)]
 
@@ -187,7 +180,7 @@ def test_a_failed_save_is_due_once_more(tmp_path: Path, asynchronous: bool) -> N
 def test_a_failure_is_heard_at_the_next_poll_and_the_next_save_succeeds(tmp_path: Path) -> None:
     manager = manager_of(tmp_path)
     with no_space(tmp_path):
-        manager.begin(STATE, pieces_of(tensors()), CONFIG)
+        manager.save_async(STATE, pieces_of(tensors()), CONFIG)
         with pytest.raises(CheckpointError) as error:
             poll_to_the_end(manager)
     assert str(error.value) == (
@@ -196,5 +189,5 @@ def test_a_failure_is_heard_at_the_next_poll_and_the_next_save_succeeds(tmp_path
     )
     assert manager.under_way is None
     assert list(tmp_path.iterdir()) == [], "a full disk is given back what the attempt took"
-    manager.begin(STATE, pieces_of(tensors()), CONFIG)
+    manager.save_async(STATE, pieces_of(tensors()), CONFIG)
     assert manager.wait() is not None

@@ -2,7 +2,7 @@
 
 A thread of each rank works on files and never communicates; the ranks talk between two steps, from
 the thread that trains. So no collective of a checkpoint can meet one of a training step. First all
-ranks write their pieces and read them back, then the first rank publishes the checkpoint.
+ranks write their pieces and read them back, then the first rank commits the checkpoint.
 """
 
 import time
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv2_train.checkpoint.disk.folder import read_back
-from dsv2_train.checkpoint.disk.layout import CheckpointError
-from dsv2_train.checkpoint.ranks import Ranks
-from dsv2_train.checkpoint.save import Checkpoint, Written, discard, publish, write
+from dsv2_train.checkpoint.disk.errors import CheckpointError
+from dsv2_train.checkpoint.disk.integrity import read_back
+from dsv2_train.checkpoint.ranks import RankGroup
+from dsv2_train.checkpoint.save import Checkpoint, Written, commit, discard, write
 from dsv2_train.distributed.sharding import Piece
 
 _DONE, _AT_WORK, _FAILED = range(3)  # the highest of all ranks decides
@@ -36,7 +36,7 @@ class Finished:
     elapsed_s: float
 
 
-class BackgroundSave:
+class AsyncSave:
     """One checkpoint under way.
 
     Args:
@@ -45,7 +45,7 @@ class BackgroundSave:
         pieces: what this rank writes; must not change until the end.
     """
 
-    def __init__(self, ranks: Ranks, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
+    def __init__(self, ranks: RankGroup, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
         self.step = checkpoint.state.step
         self._checkpoint = checkpoint
         self._pieces = pieces
@@ -55,7 +55,7 @@ class BackgroundSave:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing = self._thread.submit(self._write)
         self._is_written = False
-        self._publishing: Future[Path] | None = None
+        self._committing: Future[Path] | None = None
 
     def poll(self) -> Finished | None:
         """Go on as far as no rank has to wait; what was finished, None while it is under way.
@@ -69,7 +69,7 @@ class BackgroundSave:
         Note:
             Collective over all ranks: one all-reduce of one number, twice a checkpoint more.
         """
-        slowest = self._ranks.highest(_progress(self._publishing or self._writing))
+        slowest = self._ranks.highest(_progress(self._committing or self._writing))
         self._is_wanted = slowest != _FAILED
         return None if slowest == _AT_WORK else self._go_on()
 
@@ -82,10 +82,10 @@ class BackgroundSave:
     def _go_on(self) -> Finished | None:
         try:
             if not self._is_written:
-                self._ranks.reduce(self._writing.result, self._start_publishing)
+                self._ranks.gather_then_broadcast(self._writing.result, self._start_commit)
                 self._is_written = True
                 return None
-            path = self._ranks.first(self._published)
+            path = self._ranks.on_rank0(self._committed)
         except CheckpointError:
             discard(self._ranks, self._checkpoint)
             raise
@@ -97,12 +97,12 @@ class BackgroundSave:
             read_back(self._checkpoint.temporary / written.file, written.entry)
         return written
 
-    def _start_publishing(self, written: list[Written]) -> None:
-        self._publishing = self._thread.submit(publish, self._checkpoint, written)
+    def _start_commit(self, written: list[Written]) -> None:
+        self._committing = self._thread.submit(commit, self._checkpoint, written)
 
-    def _published(self) -> Path:
-        assert self._publishing is not None
-        return self._publishing.result()
+    def _committed(self) -> Path:
+        assert self._committing is not None
+        return self._committing.result()
 
 
 def _progress(work: Future[Any]) -> int:

@@ -8,17 +8,17 @@ import torch
 
 from dsv2_train.checkpoint.dcp.coverage import Range, ranges_of
 from dsv2_train.checkpoint.dcp.read import read_pieces
-from dsv2_train.checkpoint.disk.folder import open_verified
+from dsv2_train.checkpoint.disk.integrity import open_verified
 from dsv2_train.checkpoint.disk.layout import checkpoint_at
 from dsv2_train.checkpoint.disk.manifest import Manifest
-from dsv2_train.checkpoint.ranks import Ranks
-from dsv2_train.checkpoint.restore import compare, load_verified
+from dsv2_train.checkpoint.load import compare, load_verified
+from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.distributed.sharding import Piece
 
 _WEIGHT = "weight/"
 
 
-def initialize(ranks: Ranks, given: Path, pieces: Sequence[Piece]) -> Path:
+def init_weights(ranks: RankGroup, given: Path, pieces: Sequence[Piece]) -> Path:
     """Fill pieces with a checkpoint's weights, and verify what arrived.
 
     Args:
@@ -36,8 +36,8 @@ def initialize(ranks: Ranks, given: Path, pieces: Sequence[Piece]) -> Path:
     Note:
         Collective over all ranks. Host memory: as much as the largest piece takes as written.
     """
-    path, manifest = ranks.first(lambda: _open(given))
-    ranks.reduce(
+    path, manifest = ranks.on_rank0(lambda: _open(given))
+    ranks.gather_then_broadcast(
         lambda: [_as_written(part, manifest) for part in ranges_of(pieces)],
         lambda ranges: compare(_weights_of(manifest), ranges),
     )
