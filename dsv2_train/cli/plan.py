@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from dsv2_train.cli.resolve import resolve
+from dsv2_train.config.problems import ConfigError, Problem
+from dsv2_train.config.run import RunConfig
 from dsv2_train.planner.draw import draw_step
 from dsv2_train.planner.render import render
 from dsv2_train.planner.report import make_report
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """
     config = resolve(args.overrides, need_data=False)
     report = make_report(config, args.at_tokens)
-    text = draw_step(config, args.draw) if args.draw else ""
+    text = _drawn(config, args.draw) if args.draw else ""
     if args.json:
         print(json.dumps(asdict(report), indent=2))
         return 0
@@ -55,6 +57,14 @@ def run(args: argparse.Namespace) -> int:
     if text:
         print(f"\n{text}\ndrawn in {args.draw}")
     return 0
+
+
+def _drawn(config: RunConfig, folder: Path) -> str:
+    try:
+        return draw_step(config, folder)
+    except OSError as error:
+        allowed = f"must be a folder that can be written ({error.strerror})"
+        raise ConfigError([Problem("--draw", str(folder), allowed)]) from error
 
 
 def _token_count(text: str) -> int:

@@ -109,14 +109,19 @@ def start() -> None:
         _OURS.start(Path(folder), int(os.environ["RANK"]))
 
 
-def observe(observer: Observer | None) -> None:
-    """Tell `observer` of what this rank is at now and at every mark, until another call.
+def observe(observer: Observer) -> None:
+    """Tell `observer` of what this rank is at now and at every mark, until it is dismissed.
 
     Args:
         observer: takes phase, pipeline op (empty outside), place and whether the rank waits there;
-            from autograd's thread too. None ends it.
+            from autograd's thread too.
     """
     _OURS.observe(observer)
+
+
+def dismiss(observer: Observer) -> None:
+    """Tell an observer no more."""
+    _OURS.dismiss(observer)
 
 
 def begin_step(step: int) -> None:
@@ -206,7 +211,7 @@ class _Activity:
     def __init__(self) -> None:
         self.is_kept = False
         self.is_marked = False
-        self._observer: Observer | None = None
+        self._observers: tuple[Observer, ...] = ()
         self._memory: mmap.mmap | bytearray = bytearray(_END)
         self._step = self._marks = self._microbatch = self._chunk = self._ticks = 0
         self._op = b""
@@ -228,11 +233,14 @@ class _Activity:
         temporary.rename(path)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
-    def observe(self, observer: Observer | None) -> None:
-        self._observer = observer
-        self.is_marked = self.is_kept or observer is not None
-        if observer is not None:
-            self._tell(observer)
+    def observe(self, observer: Observer) -> None:
+        self._observers = (*(each for each in self._observers if each != observer), observer)
+        self.is_marked = True
+        self._tell(observer)
+
+    def dismiss(self, observer: Observer) -> None:
+        self._observers = tuple(each for each in self._observers if each != observer)
+        self.is_marked = self.is_kept or bool(self._observers)
 
     def begin_step(self, step: int) -> None:
         self._step, self._marks = step, 0
@@ -267,8 +275,8 @@ class _Activity:
         if self.is_kept:
             self._marks += 1
             self._write()
-        if self._observer is not None:
-            self._tell(self._observer)
+        for observer in self._observers:
+            self._tell(observer)
 
     def _tell(self, observer: Observer) -> None:
         place, waits = self._places[-1]

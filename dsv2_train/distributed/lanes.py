@@ -7,14 +7,11 @@ back would wait for each other.
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from dsv2_train.distributed import activity
-from dsv2_train.distributed.activity import Place
 
 T = TypeVar("T")
 
@@ -46,13 +43,6 @@ class Lanes:
         work = dist.irecv(buffer, self._ranks[source], group=self._lane(source, self.stage))
         assert work is not None
         return work
-
-    def gathered(self, value: T) -> list[T]:
-        """An object of every stage, by stage. Collective over the ranks of the pipeline."""
-        everyone: list[T | None] = [None] * self.num_stages
-        with activity.waiting(Place.OBJECTS):
-            dist.all_gather_object(everyone, value, group=self.hosts)
-        return cast(list[T], everyone)
 
     def connect(self, device: torch.device, *, is_ring: bool) -> None:
         """Use every lane between neighbours once, in one order on all ranks.

@@ -14,11 +14,11 @@ from dsv2_train.pipeline.messages import Action, with_messages
 from dsv2_train.pipeline.plans import Op, Plan
 from dsv2_train.pipeline.simulate import prove
 from dsv2_train.pipeline.stage.activation import Hidden
-from dsv2_train.pipeline.stage.agreement import plan_hash, require_agreement
+from dsv2_train.pipeline.stage.agreement import PLAN, plan_hash, require_agreement
 from dsv2_train.pipeline.stage.gradients import GradientSync
 from dsv2_train.pipeline.stage.recorder import Recorder
+from dsv2_train.pipeline.stage.signature import require_nothing_else
 from dsv2_train.pipeline.stage.stage import ForwardStep, Reported, Stage, StageStep, Work
-from dsv2_train.pipeline.timeline import Event
 
 
 @dataclass(frozen=True)
@@ -79,27 +79,32 @@ class Executor:
         self,
         *,
         forward_step_func: ForwardStep,
-        data_iterator: Sequence[Iterator[object]],
+        data_iterator: Iterator[object] | Sequence[Iterator[object]],
         num_microbatches: int,
         seq_length: int,
         micro_batch_size: int,
-        forward_only: bool,
+        forward_only: bool = False,
+        **others: object,
     ) -> Reported:
         """Run a step up to reduced gradients, or an evaluation.
 
         Args:
             forward_step_func: megatron-core's: takes a data iterator and a chunk, returns the
                 output and a function from the last chunk's output to its loss and what to report.
-            data_iterator: for each chunk one over all microbatches.
+            data_iterator: for each chunk one over all microbatches; of a single chunk, it alone.
             num_microbatches: m.
             seq_length: positions of a sample.
             micro_batch_size: samples of a microbatch.
             forward_only: compute no gradients.
+            others: megatron-core's: `model` must be this stage's chunks, what is to be told from
+                the chunks, the config or the groups must be None or False.
 
         Returns:
             What was reported for each microbatch, on the stage with the last chunk.
 
         Raises:
+            TypeError: for arguments that megatron-core's schedules do not take.
+            ValueError: for values of theirs that are not served.
             PlanError: a plan that cannot be run.
             DisagreementError: stages that are about to run different steps.
 
@@ -107,6 +112,8 @@ class Executor:
             Collective over the pipeline, and over data-parallel ranks for gradients and weights.
             Nothing is read back from a GPU.
         """
+        require_nothing_else(others, self._stage.chunks)
+        data = [data_iterator] if isinstance(data_iterator, Iterator) else data_iterator
         plan, actions, hashed = self._prepared(num_microbatches, forward_only)
         activation = self._hidden.activation(seq_length, micro_batch_size)
         if self._stage.lanes is not None:
@@ -116,12 +123,12 @@ class Executor:
                 "micro_batch_size": micro_batch_size,
                 "hidden_size": self._hidden.size,
                 "element_bytes": self._hidden.dtype.itemsize,
-                "plan": hashed,
+                PLAN: hashed,
             }
-            require_agreement(ours, self._stage.lanes.hosts)
+            require_agreement(ours, plan, self._stage.lanes.hosts)
         if self._recorder is not None:
             self._recorder.begin()
-        work = Work(forward_step_func, data_iterator, num_microbatches, activation, forward_only)
+        work = Work(forward_step_func, data, num_microbatches, activation, forward_only)
         step = StageStep(self._stage, work, self._recorder)
         step.run(actions)
         self.last = Ran(plan, tuple(step.executed), step.num_deferred)
@@ -132,14 +139,10 @@ class Executor:
         """Note when the ops of the step inside run."""
         self._recorder = Recorder(self._hidden.device)
         try:
-            yield self._recorder
+            with self._recorder.listening():
+                yield self._recorder
         finally:
             self._recorder = None
-
-    def gathered(self, events: list[Event]) -> list[list[Event]]:
-        """The events of every stage of this pipeline. Collective over the pipeline."""
-        lanes = self._stage.lanes
-        return [events] if lanes is None else lanes.gathered(events)
 
     def _prepare(self, plan: Plan) -> tuple[Plan, tuple[Action, ...], int]:
         """A plan, proved; this stage's actions; a number that stands for the plan."""

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dsv2_train.pipeline.costs import Costs
@@ -50,6 +51,7 @@ class Event:
 
 
 Timeline = Sequence[Sequence[Event]]  # for each stage its events in order of their start
+_NONE: Mapping[str, Timeline] = MappingProxyType({})
 
 
 def of_simulation(simulation: Simulation) -> Timeline:
@@ -119,12 +121,15 @@ def write(timelines: Mapping[str, Timeline], folder: Path, name: str) -> None:
     write_trace(timelines, folder / f"{name}.json")
 
 
-def write_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
+def write_picture(
+    timelines: Mapping[str, Timeline], path: Path, waits: Mapping[str, Timeline] = _NONE
+) -> None:
     """Draw timelines below each other with one time axis, as PNG.
 
     Args:
         timelines: by title, for instance the plan and what was measured.
         path: file to write.
+        waits: by title, what is drawn as a line within a timeline's events.
     """
     # Half a second of import that most ranks never need; a figure of its own needs no pyplot.
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -135,33 +140,41 @@ def write_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
     panels = figure.subplots(len(timelines), sharex=True, squeeze=False)[:, 0]
     for axes, (title, timeline) in zip(panels, timelines.items(), strict=True):
         _draw(axes, timeline)
+        _draw_waits(axes, waits.get(title, ()))
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         axes.set_title(f"{title}: {_end_s(timeline):.4g} s", loc="left")
     panels[-1].set_xlabel("seconds from the start of the step")
     figure.savefig(path, dpi=120)
 
 
-def write_trace(timelines: Mapping[str, Timeline], path: Path) -> None:
+def write_trace(
+    timelines: Mapping[str, Timeline], path: Path, waits: Mapping[str, Timeline] = _NONE
+) -> None:
     """Write trace events (Chrome's JSON, which Perfetto opens): a thread a stage.
 
     Args:
         timelines: by title, each a process.
         path: file to write.
+        waits: by title, spans within a timeline's events.
     """
     events = [
         event
         for process, (title, timeline) in enumerate(timelines.items())
-        for event in _trace_events(process, title, timeline)
+        for event in _trace_events(process, title, timeline, waits.get(title, ()))
     ]
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
-def _trace_events(process: int, title: str, timeline: Timeline) -> Iterator[dict[str, Any]]:
+def _trace_events(
+    process: int, title: str, timeline: Timeline, waits: Timeline
+) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": title}}
     for stage, events in enumerate(timeline):
         thread = {"pid": process, "tid": stage}
         yield {"ph": "M", "name": "thread_name", "args": {"name": f"stage {stage}"}, **thread}
         yield {"ph": "M", "name": "thread_sort_index", "args": {"sort_index": stage}, **thread}
-        for event in events:
+        within = waits[stage] if waits else ()
+        for event in (*events, *within):
             start_us, end_us = event.start_s * 1e6, event.end_s * 1e6
             span = {"ts": start_us, "dur": end_us - start_us}
             yield {"ph": "X", "name": event.label, "cat": event.kind, **thread, **span}
@@ -180,7 +193,14 @@ def _draw(axes: Axes, timeline: Timeline) -> None:
     axes.set_ylim(len(timeline) - 0.5, -0.5)
     axes.set_xlim(0, None)
     axes.set_ylabel("stage")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _draw_waits(axes: Axes, waits: Timeline) -> None:
+    label = "with others"
+    for stage, events in enumerate(waits):
+        bars = [(event.start_s, event.end_s - event.start_s) for event in events]
+        axes.broken_barh(bars, (stage - 0.06, 0.12), facecolor="black", label=label)
+        label = "_"
 
 
 def _letter(events: Sequence[Event], now: float) -> str:

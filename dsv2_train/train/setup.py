@@ -98,7 +98,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
         checkpoints=checkpoints,
         monitor=monitor,
         telemetry=_telemetry(config, monitor, models, groups, ranks, env.device),
-        profiler=Profiler(config, env, executor),
+        profiler=Profiler(config, env, executor, hosts),
         signals=StopSignals(hosts, fence if env.rank == 0 else None),
     )
     if monitor is not None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ import pytest
 from torch import Tensor
 
 from dsv2_train.config.run import RunConfig
+from dsv2_train.distributed.activity import Place
 from dsv2_train.pipeline.plans import Op
 from dsv2_train.pipeline.stage.stage import StageStep
 from dsv2_train.train import loop
@@ -50,6 +52,7 @@ def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "monitor.profile.torch_last_step=100",
         "monitor.profile.torch_ranks=[1]",
         "recipe.micro_batch_size=2",
+        "parallel.ep=2",
     )
     world.run(_train, 4, config)
     return config.run.folder
@@ -63,11 +66,16 @@ def test_chosen_steps_are_drawn(folder: Path) -> None:
         assert (folder / "timelines" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def _spans(trace: dict[str, Any], process: int, stage: int) -> list[dict[str, Any]]:
+def _spans(
+    trace: dict[str, Any], process: int, stage: int, *, waits: bool = False
+) -> list[dict[str, Any]]:
+    """What a stage did; or what it waited for in that, which has a place for a name."""
+    places = {place.value for place in Place}
     return [
         event
         for event in trace["traceEvents"]
         if event["ph"] == "X" and (event["pid"], event["tid"]) == (process, stage)
+        if (event["name"] in places) == waits
     ]
 
 
@@ -89,6 +97,36 @@ def test_a_measured_timeline_has_the_ops_of_its_plan_in_order_and_leaves_no_gap(
             for name, events in (("measured", measured), ("planned", planned))
         }
         assert work["measured"] == pytest.approx(work["planned"], rel=1e-6)
+
+
+def test_every_rank_is_in_the_trace_with_what_it_does_with_others(folder: Path) -> None:
+    trace = json.loads((folder / "timelines" / "step_00000004.json").read_text())
+    titles = {
+        event["args"]["name"]: event["pid"]
+        for event in trace["traceEvents"]
+        if event["name"] == "process_name"
+    }
+    measured = [titles[f"step 4, measured, ranks {ranks}"] for ranks in ("0, 2", "1, 3")]
+    assert measured[0] == 0 and len(titles) == 3
+    for process, stage in itertools.product(measured, range(2)):
+        spans = _spans(trace, process, stage)
+        waits = _spans(trace, process, stage, waits=True)
+        names = Counter(event["name"] for event in waits)
+        # Of four layers all but the first have experts. Of two microbatches: rows there and back,
+        # forward and backward, and how many there will be.
+        num_layers = 1 + stage
+        assert (names["combine"], names["dispatch"]) == (4 * num_layers, 6 * num_layers), names
+        for wait in waits:
+            assert wait["ts"] >= spans[0]["ts"] - 1e-3
+            assert wait["ts"] + wait["dur"] <= spans[-1]["ts"] + spans[-1]["dur"] + 1e-3
+        for exchange in (event for event in waits if event["name"] in ("dispatch", "combine")):
+            (around,) = (
+                event
+                for event in spans
+                if event["ts"] - 1e-3 <= exchange["ts"]
+                and exchange["ts"] + exchange["dur"] <= event["ts"] + event["dur"] + 1e-3
+            )
+            assert around["cat"] in "FB"
 
 
 def test_an_op_of_known_duration_has_it_in_the_measured_timeline(folder: Path) -> None:

@@ -239,7 +239,11 @@ def _another_order(rank: int, config: RunConfig) -> str:
 def test_stages_with_different_plans_are_both_named(world: World) -> None:
     config = pipeline_config(2, *_of("zb_h1"))
     for said in world.run(_another_order, 2, config):
-        assert "stage 0 (rank 0) and stage 1 (rank 1) are about to run different steps: pla" in said
+        assert said == (
+            "pipeline: stage 0 (rank 0) and stage 1 (rank 1) are about to run different steps: "
+            "schedule 1f1b and zb_h1; of stage 0, op 2 is BW of microbatch 0, chunk 0 and B of "
+            "microbatch 0, chunk 0"
+        )
 
 
 def _cut_short(rank: int, config: RunConfig) -> str:

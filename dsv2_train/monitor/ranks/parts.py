@@ -62,7 +62,7 @@ class PartClock:
 
         Waits for a GPU, if nothing has been read from it since the step.
         """
-        activity.observe(None)
+        activity.dismiss(self._hear)
         self._marks.append((None, stamp(self._on_gpu)))
         times_s = since_first_s([at for _, at in self._marks], self._on_gpu)
         spent: dict[Part | None, float] = dict.fromkeys(PARTS, 0.0)

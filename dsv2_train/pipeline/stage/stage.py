@@ -151,7 +151,7 @@ class StageStep:
             output, loss_of = self._work.forward_step(self._work.data[op.chunk], chunk)
             set_input([None])  # else the chunk holds it until its next forward
             if is_last:
-                loss, reported = loss_of(output)
+                loss, reported = _of_two(loss_of(output))
                 self.reported.append(reported)
                 root: Tensor | GradientEdge = loss / self._work.num_microbatches
         if not is_last:
@@ -206,3 +206,12 @@ class StageStep:
     def _mark(self, kind: str, label: str) -> None:
         if self._recorder is not None:
             self._recorder.mark(kind, label)
+
+
+def _of_two(returned: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    if len(returned) != 2:
+        raise ValueError(
+            f"a loss function must return a loss, the mean of its microbatch, and what to report; "
+            f"found {len(returned)} values (megatron-core's num_tokens is not served)"
+        )
+    return returned[0], returned[1]

@@ -21,8 +21,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[PartClock]:
     """Each look at the time is a second later than the one before; nothing looks twice."""
     seconds = iter(range(1000))
     monkeypatch.setattr(stamps.time, "perf_counter", lambda: float(next(seconds)))
-    yield PartClock(torch.device("cpu"))
-    activity.observe(None)
+    clock = PartClock(torch.device("cpu"))
+    yield clock
+    clock.end()
 
 
 def test_a_step_is_split_by_what_a_rank_was_in(clock: PartClock) -> None:

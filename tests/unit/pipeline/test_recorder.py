@@ -6,6 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
+from dsv2_train.distributed import activity
+from dsv2_train.distributed.activity import Place
 from dsv2_train.pipeline.stage.recorder import Recorder
 from dsv2_train.pipeline.timeline import Event
 
@@ -16,7 +18,36 @@ def test_by_the_host_s_clock() -> None:
         recorder.begin()
         recorder.mark("wait", "wait")
         recorder.mark("F", "F0.0")
-    assert recorder.events() == [Event("wait", "wait", 0.0, 0.5), Event("F0.0", "F", 0.5, 2.0)]
+    assert recorder.recorded().events == [
+        Event("wait", "wait", 0.0, 0.5),
+        Event("F0.0", "F", 0.5, 2.0),
+    ]
+
+
+def test_what_is_waited_for_is_noted_within() -> None:
+    recorder = Recorder(torch.device("cpu"))
+    with (
+        mock.patch("time.perf_counter", side_effect=map(float, range(10, 20))),
+        recorder.listening(),
+    ):
+        with activity.waiting(Place.OBJECTS):
+            pass  # before the step
+        recorder.begin()  # 10
+        with activity.working(Place.DATA), activity.waiting(Place.DISPATCH):  # 11
+            pass  # 12
+        with activity.waiting(Place.COMBINE), activity.waiting(Place.GRADIENTS):  # 13, 14
+            pass  # 15: in combine again; 16
+        recorder.mark("F", "F0.0")  # 17
+    with activity.waiting(Place.COMBINE):
+        pass  # nobody listens
+    recorded = recorder.recorded()
+    assert recorded.events == [Event("F0.0", "F", 0.0, 7.0)]
+    assert recorded.waits == [
+        Event("dispatch", "wait", 1.0, 2.0),
+        Event("combine", "wait", 3.0, 4.0),
+        Event("reduction of gradients", "wait", 4.0, 5.0),
+        Event("combine", "wait", 5.0, 6.0),
+    ]
 
 
 def test_a_step_begins_anew() -> None:
@@ -24,7 +55,7 @@ def test_a_step_begins_anew() -> None:
     for _ in range(2):
         recorder.begin()
         recorder.mark("F", "F0.0")
-    assert len(recorder.events()) == 1
+    assert len(recorder.recorded().events) == 1
 
 
 class _StreamEvent:
@@ -58,7 +89,7 @@ def test_by_events_in_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     _StreamEvent.is_synchronized = False
     recorder.mark("F", "F0.0")
     recorder.mark("BW", "BW0.0")
-    assert recorder.events() == [
+    assert recorder.recorded().events == [
         Event("F0.0", "F", 0.0, 0.25),
         Event("BW0.0", "BW", 0.25, 0.5),
     ]

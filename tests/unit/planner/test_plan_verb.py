@@ -86,6 +86,13 @@ def test_the_first_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sum(event["ph"] == "X" for event in spans) == 4 * 4 * 2
 
 
+def test_a_file_is_no_folder_to_draw_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["plan", "experiment=quickstart", "--draw", str(tmp_path / "file")]) == 2
+    told = f"--draw: found '{tmp_path}/file'; must be a folder that can be written (File exists)"
+    assert told in capsys.readouterr().err
+
+
 def test_a_step_that_is_drawn_is_searched_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
