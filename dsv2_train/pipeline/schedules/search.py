@@ -37,6 +37,7 @@ _LAGS = (1.0, 0.2)
 _PATIENCE = ((0.0, 0.25), (0.25, 0.0), (0.25, 0.25), (0.5, 0.5), (0.9, 0.9))
 
 _MAX_PLACED = 200_000  # ops that all passes together put in order
+_BESIDE = 2  # half of that again for steps whose messages are not looked at
 _TICKS = 10_000  # of a mean duration: in whole numbers equal sums are equal, whatever their order
 
 
@@ -69,23 +70,37 @@ def search(
         num_microbatches: m.
         costs: durations by virtual stage.
         max_activations: chunk activations that a stage may hold, at least the number of chunks.
-        max_placed: effort, as ops put in order by all passes together.
+        max_placed: effort, as ops put in order by all passes together; half of it is added
+            where messages take time.
 
     Returns:
         A plan no slower than any schedule with a formula that has this placement and this room.
     """
-    graph = step_graph(placement, num_microbatches, _in_ticks(costs), max_activations)
     formulas = [
         fixed.build(name, placement, num_microbatches) for name in fixed.schedules_of(placement)
     ]
-    ops = _shortest(graph, formulas, max_placed).ops(num_microbatches)
-    plans = [Plan("search", placement, num_microbatches, ops)]
+    plans = []
+    for considered, effort in _considered(_in_ticks(costs), max_placed):
+        graph = step_graph(placement, num_microbatches, considered, max_activations)
+        ops = _shortest(graph, formulas, effort).ops(num_microbatches)
+        plans.append(Plan("search", placement, num_microbatches, ops))
     plans += [
         replace(plan, schedule="search")
         for plan in formulas
         if max(peak_activations(plan)) <= max_activations
     ]
     return min(plans, key=lambda plan: simulate(plan, costs).step_s)
+
+
+def _considered(costs: Costs, max_placed: int) -> Iterator[tuple[Costs, int]]:
+    """Durations to search for, and with how much effort.
+
+    List scheduling that waits for messages fills the waits with what is ready, and may be greedy
+    there: now and then a step that was made without a look at them is shorter with them.
+    """
+    yield costs, max_placed
+    if costs.communication_s:
+        yield replace(costs, communication_s=0.0), max_placed // _BESIDE
 
 
 def _shortest(graph: StepGraph, formulas: Sequence[Plan], max_placed: int) -> ListSchedule:

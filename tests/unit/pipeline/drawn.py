@@ -10,7 +10,6 @@ from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_forward_plan
-from dsv2_train.pipeline.schedules.search import search
 
 FIXED = [schedule for schedule in SCHEDULES if not TRAITS[schedule].is_searched]
 CHUNKS = {"1f1b": [1], "zb_h1": [1], "zb_v": [2], "search": [1, 2, 3, 4]}
@@ -57,12 +56,3 @@ def fixed_plans(draw: st.DrawFn, max_microbatches: int = 128) -> Plan:
     if draw(st.integers(0, 5)) == 0:
         return build_forward_plan(place, num_microbatches)
     return fixed.build(schedule, place, num_microbatches)
-
-
-@st.composite
-def searched_plans(draw: st.DrawFn, max_stages: int, max_microbatches: int) -> tuple[Plan, int]:
-    """A searched plan, and how many activations it may hold on a stage."""
-    place = draw(placements("search", max_stages))
-    most = draw(st.integers(place.num_chunks, 2 * place.num_virtual_stages))
-    num_microbatches = draw(st.integers(1, max_microbatches))
-    return search(place, num_microbatches, draw(costs(place)), most, max_placed=5_000), most

@@ -27,6 +27,15 @@ from tests.unit.pipeline.events import World
 EFFORT = 5_000
 
 
+def check_searched(plan: Plan, drawn: Costs, most: int) -> None:
+    """It keeps its room, and ends when an event simulation of its own says so."""
+    assert max(peak_activations(plan)) <= most
+    world = World(plan, drawn, 1)
+    assert world.run()
+    simulation = simulate(plan, drawn, with_messages(plan, 1))
+    assert simulation.step_s == max(spans[-1][1] for spans in world.spans)
+
+
 @settings(max_examples=40)
 @given(data=st.data(), place=placements("search", max_stages=8), m=st.integers(1, 20))
 def test_a_searched_plan_runs_within_its_room(
@@ -34,12 +43,18 @@ def test_a_searched_plan_runs_within_its_room(
 ) -> None:
     drawn = data.draw(costs(place))
     most = data.draw(st.integers(place.num_chunks, 2 * place.num_virtual_stages))
-    plan = search(place, m, drawn, most, max_placed=EFFORT)
-    assert max(peak_activations(plan)) <= most
-    world = World(plan, drawn, 1)
-    assert world.run()
-    simulation = simulate(plan, drawn, with_messages(plan, 1))
-    assert simulation.step_s == max(spans[-1][1] for spans in world.spans)
+    check_searched(search(place, m, drawn, most, max_placed=EFFORT), drawn, most)
+
+
+@settings(max_examples=12)
+@given(data=st.data(), place=placements("search"), m=st.integers(1, 128))
+def test_a_searched_plan_of_any_size_runs_within_its_room(
+    data: st.DataObject, place: Placement, m: int
+) -> None:
+    """Up to 32 stages, 128 microbatches and four chunks; one pass from one start."""
+    drawn = data.draw(costs(place))
+    most = data.draw(st.integers(place.num_chunks, 2 * place.num_virtual_stages))
+    check_searched(search(place, m, drawn, most, max_placed=1), drawn, most)
 
 
 @pytest.mark.parametrize(("p", "m", "v"), [(32, 128, 1), (32, 20, 4), (5, 128, 2), (1, 7, 3)])
@@ -64,6 +79,28 @@ def test_no_formula_with_this_placement_and_room_is_faster(
         plan = fixed.build(name, place, m)
         if max(peak_activations(plan)) <= most:
             assert step_s <= simulate(plan, drawn).step_s
+
+
+@pytest.mark.parametrize(
+    ("p", "m", "v", "communication_s"), [(8, 12, 4, 0.1), (8, 12, 3, 0.2), (4, 6, 4, 0.2)]
+)
+def test_messages_are_looked_at_and_a_step_without_a_look_is_not_shorter(
+    p: int, m: int, v: int, communication_s: float
+) -> None:
+    place = placement("search", p, v)
+    drawn = v2_costs(place, communication_s)
+    plans = [search(place, m, each, p * v) for each in (drawn, v2_costs(place))]
+    ours, blind = (simulate(plan, drawn).step_s for plan in plans)
+    assert ours <= 1.01 * blind  # half as much effort goes into such a step
+
+
+def test_a_step_is_shorter_for_a_look_at_its_messages() -> None:
+    """Messages as long as a tenth of an op, sixteen stages."""
+    place = placement("search", 16, 2)
+    drawn = v2_costs(place, communication_s=0.2)
+    plans = [search(place, 18, each, 32, 50_000) for each in (drawn, v2_costs(place))]
+    ours, blind = (simulate(plan, drawn).step_s for plan in plans)
+    assert ours < 0.99 * blind
 
 
 def every_order(m: int, most: int) -> Iterator[tuple[Op, ...]]:

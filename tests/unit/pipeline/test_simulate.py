@@ -31,7 +31,7 @@ def swapped(plan: Plan, stage: int, one: Op, other: Op) -> Plan:
 
 
 @settings(max_examples=40)
-@given(data=st.data(), plan=fixed_plans(max_microbatches=40), ahead=st.integers(1, 5))
+@given(data=st.data(), plan=fixed_plans(), ahead=st.integers(1, 5))
 def test_the_times_are_those_of_an_event_simulation(
     data: st.DataObject, plan: Plan, ahead: int
 ) -> None:
