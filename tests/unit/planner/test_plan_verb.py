@@ -86,6 +86,15 @@ def test_the_first_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sum(event["ph"] == "X" for event in spans) == 4 * 4 * 2
 
 
+def test_the_first_step_of_a_ramp_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2304 samples on 128 pipelines, on the way to 9216."""
+    line = ["plan", "experiment=dsv2_236b_pretrain", "parallel.world_size=2048"]
+    assert main([*line, "--draw", str(tmp_path)]) == 0
+    assert f"zb_v, {2304 // 128} microbatches" in capsys.readouterr().out
+
+
 def test_a_file_is_no_folder_to_draw_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main(["plan", "experiment=quickstart", "--draw", str(tmp_path / "file")]) == 2
