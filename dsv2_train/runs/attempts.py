@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ATTEMPTS = "attempts.jsonl"
-SERIES = "DSV2_SERIES"  # environment variable: of a rank's starts
+SERIES = "DSV2_SERIES"  # environment variable of the first node's ranks: that of their starts
 
 
 class CrashLoopError(Exception):

@@ -11,13 +11,13 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 OWNER = "owner.json"
-ATTEMPT = "DSV2_ATTEMPT"  # environment variable: the attempt that a rank belongs to
+ATTEMPT = "DSV2_ATTEMPT"  # environment variable of the first node's ranks: their attempt
 HEARTBEAT_S = 10.0
 DEAD_AFTER_S = 60.0
 
@@ -53,14 +53,12 @@ class Owner:
     jobs: tuple[str, ...] = ()
 
     @classmethod
-    def this_process(cls, jobs: tuple[str, ...] = (), attempt: str | None = None) -> "Owner":
-        """A new attempt, launched by this process; of a random name if none is given."""
+    def this_process(cls, jobs: tuple[str, ...] = ()) -> "Owner":
+        """A new attempt, launched by this process."""
         pid = os.getpid()
         started = _started(pid)
         assert started is not None, "this process is in /proc"
-        return cls(
-            attempt or secrets.token_hex(8), socket.gethostname(), _machine(), pid, started, jobs
-        )
+        return cls(secrets.token_hex(8), socket.gethostname(), _machine(), pid, started, jobs)
 
     def __str__(self) -> str:
         job = f", job {self.jobs[0]}" if self.jobs else ""
@@ -118,13 +116,19 @@ def take(folder: Path, attempt: Owner) -> Owner | None:
 def owned(folder: Path, attempt: Owner) -> Iterator[Owner | None]:
     """Own a run folder while the block runs; yields the owner before, dead or fenced, if any.
 
+    One that ended, in whatever way, has given the folder back: an owner before is one that was
+    killed, or that lives.
+
     Raises:
         OwnedError: if another attempt owns it and is alive.
         OSError: if the folder cannot be written.
     """
     before = take(folder, attempt)
-    with heartbeat(folder, attempt):
-        yield before
+    try:
+        with heartbeat(folder, attempt):
+            yield before
+    finally:
+        _give_back(folder, attempt)
 
 
 @contextmanager
@@ -160,11 +164,6 @@ class Fence:
         self._folder = folder
         self._attempt = attempt
 
-    @classmethod
-    def of_this_rank(cls, folder: Path, environment: Mapping[str, str] = os.environ) -> "Fence":
-        """The fence of the attempt that the launcher named."""
-        return cls(folder, environment.get(ATTEMPT))
-
     def check(self) -> None:
         """See that the folder is still this attempt's; reads one small file.
 
@@ -184,6 +183,12 @@ class Fence:
             f"{self._folder} now belongs to {owner}, which goes on with this run; this attempt "
             "ends and writes nothing more"
         )
+
+
+def _give_back(folder: Path, attempt: Owner) -> None:
+    with suppress(OSError), _one_taker(folder):
+        if read_owner(folder) == attempt:
+            (folder / OWNER).unlink()
 
 
 @contextmanager

@@ -5,10 +5,28 @@ import secrets
 import signal
 from dataclasses import replace
 
+from torch.distributed import ProcessGroup
+
 from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.runs import attempts
 from dsv2_train.runs.attempts import SERIES, CrashLoopError, Start
 from dsv2_train.train.run import Run
+
+
+def said_by_launcher(variable: str, hosts: ProcessGroup) -> str | None:
+    """What the first node's launcher told its ranks, of which rank 0 need not be one.
+
+    Returns:
+        The value of an environment variable; None where no launcher set it.
+
+    Note:
+        Collective over all ranks: one gather and one broadcast of objects.
+    """
+
+    def first(values: list[str | None]) -> str | None:
+        return next((value for value in values if value is not None), None)
+
+    return RankGroup(hosts).gather_then_broadcast(lambda: os.environ.get(variable), first)
 
 
 def this_start(run: Run) -> Start:
@@ -19,10 +37,10 @@ def this_start(run: Run) -> Start:
             failed.
 
     Note:
-        Collective over all ranks: one message from the first rank to the others.
+        Collective over all ranks.
     """
     # Where no launcher counts its starts each is the first of a series.
-    series = os.environ.get(SERIES) or secrets.token_hex(8)
+    series = said_by_launcher(SERIES, run.hosts) or secrets.token_hex(8)
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     start = Start(series, restart, run.clock.step)
     loop = RankGroup(run.hosts).on_rank0(lambda: _begin(run, start))

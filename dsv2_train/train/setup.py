@@ -29,7 +29,8 @@ from dsv2_train.pipeline.build import build_executor
 from dsv2_train.pipeline.profiler import Profiler
 from dsv2_train.recipe.clock import Schedule
 from dsv2_train.recipe.parameters import model_parameters, stage_parameters
-from dsv2_train.runs.ownership import Fence
+from dsv2_train.runs.ownership import ATTEMPT, Fence
+from dsv2_train.train.attempts import said_by_launcher
 from dsv2_train.train.resume import begin_or_go_on, clock_of, skip_list_of
 from dsv2_train.train.run import Run
 from dsv2_train.train.signals import StopSignals
@@ -70,7 +71,7 @@ def build_run(config: RunConfig, env: Env) -> Run:
     adam = choose_adam(config.optim.adam, env.device)
     optimizer = build_optimizer(chunks, config.optim, adam, groups)
     hosts = process_groups.build_hosts(timeout_s)
-    fence = Fence.of_this_rank(config.run.folder)
+    fence = Fence(config.run.folder, said_by_launcher(ATTEMPT, hosts))
     checkpoints = _checkpoints(config, optimizer, hosts, fence)
     state = begin_or_go_on(config, checkpoints, optimizer)
     schedule = Schedule(config.recipe, config.optim)

@@ -18,7 +18,7 @@ START_TIMEOUT_S = 60.0
 
 # One host is every node by `-N` and a port of its own, with the processors that are said here
 # (config_overrides). A requeued job waits until its credential has expired, hence 5 s; a node is
-# given up 6 s after its slurmd was last heard of, and a killed step has 5 s.
+# given up 6 s after its slurmd was last heard of, and a job that is ended has 15 s.
 CONFIGURATION = """\
 ClusterName=dsv2
 SlurmctldHost={host}(127.0.0.1)
@@ -47,7 +47,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=6
 MessageTimeout=4
-KillWait=5
+KillWait=15
 MinJobAge=3600
 JobRequeue=1
 {nodes}

@@ -46,6 +46,22 @@ def test_preempted_and_requeued(slurm: Slurm, run: SlurmRun, undisturbed: SlurmR
     assert_same(run, undisturbed)
 
 
+def test_ended_by_its_user_and_not_begun_again(slurm: Slurm, run: SlurmRun) -> None:
+    """It saves, as when it is preempted; what requeues it then would undo what the user did."""
+    job_id = run.submit(REQUEUE, QUIET)
+    run.wait_for_step(6)
+    with standing_still(run.ranks()):
+        slurm.run("scancel", job_id)
+        wait_until(
+            lambda: "asked to stop" in run.log(job_id), lambda: run.log(job_id), timeout_s=30
+        )
+    job = slurm.wait(job_id, "CANCELLED", "PENDING", "RUNNING", timeout_s=60)
+    wait_until(lambda: not run.ranks(), lambda: run.log(job_id), run.PATIENCE_S)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), run.log(job_id)
+    assert "stopped cleanly" in run.log(job_id)
+    assert "the job was ended" in run.log(job_id)
+
+
 def test_out_of_time_and_chained(slurm: Slurm, run: SlurmRun, undisturbed: SlurmRun) -> None:
     """Slurm looks at limits every 30 s: it asks 29 to 59 s after the start, and ends it later."""
     chain = ("time_limit_minutes=1", "signal_before_end_s=1", "chain=2")

@@ -7,17 +7,22 @@ import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dsv2_train.cli.cluster.record import chain_of
 from dsv2_train.cli.launch.place import Place, on_nodes
 from dsv2_train.cli.launch.start import start
-from dsv2_train.cli.main import EXIT_STOPPED, report_errors
+from dsv2_train.cli.main import EXIT_CONFIG_ERROR, EXIT_STOPPED, report_errors
 from dsv2_train.cli.run_folder.inspect import inspect
 from dsv2_train.config.load import load_file
 
 # Below those that Linux gives to connections; jobs on one node are rarely 10,000 apart.
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
+
+# Environment variable: a file to make where this node refuses. The status of srun is the highest of
+# all tasks, and those of other nodes, which wait for this one, are killed.
+REFUSED = "DSV2_REFUSED"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="a resolved config.yaml")
     parser.add_argument("--command", default="launch/submit.py", help="the line that submitted it")
     parsed = parser.parse_args(arguments)
-    return report_errors(lambda: _run(parsed.config, shlex.split(parsed.command)))
+    status = report_errors(lambda: _run(parsed.config, shlex.split(parsed.command)))
+    if status == EXIT_CONFIG_ERROR and REFUSED in os.environ:
+        with suppress(OSError):
+            Path(os.environ[REFUSED]).touch()
+    return status
 
 
 def _run(config_path: Path, command: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 
+from dsv2_train.cli.cluster.node import REFUSED
 from dsv2_train.cli.launch.place import num_nodes_of
 from dsv2_train.cli.main import EXIT_CONFIG_ERROR, EXIT_STOPPED
 from dsv2_train.config.run import RunConfig
@@ -47,6 +48,8 @@ class Job:
             srun_options=list(_srun_options(slurm, Path.cwd())),
             python=slurm.python or ("python3" if slurm.container else sys.executable),
             config=self.config_path,
+            refused_variable=REFUSED,
+            refused=self.config.run.folder.absolute() / "logs" / "refused",
             command=shlex.join(self.command),
             exit_config_error=EXIT_CONFIG_ERROR,
             exit_stopped=EXIT_STOPPED,

@@ -1,14 +1,16 @@
 """The start of a launch on a node: its run folder is owned, then its ranks run."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from dsv2_train.cli.launch.place import Place
 from dsv2_train.cli.launch.torchrun import Outcome, run_ranks
 from dsv2_train.cli.run_folder.launch import Launch, unwritable
 from dsv2_train.config.problems import ConfigError, Problem
-from dsv2_train.runs.attempts import SERIES, Start, begin
+from dsv2_train.runs.attempts import SERIES, Start, begin, record
 from dsv2_train.runs.ownership import ATTEMPT, OwnedError, Owner, owned
 
 
@@ -27,26 +29,27 @@ def start(launch: Launch, place: Place, log_dir: Path, jobs: tuple[str, ...] = (
             written; then nothing was.
         CrashLoopError: if the starts before this one, of the same job, got nowhere.
     """
-    # Rank 0 may be on any node: all of them must know the name of the attempt.
-    attempt = Owner.this_process(jobs, place.launch_id or None)
-    series = jobs[0] if jobs else attempt.attempt
-    environment = {ATTEMPT: attempt.attempt, SERIES: series}
     num_ranks = launch.config.parallel.world_size // place.num_nodes
     cluster = launch.config.cluster
 
-    def run() -> Outcome:
-        return run_ranks(launch.worker, num_ranks, log_dir, place, cluster, environment)
+    def run(names: Mapping[str, str]) -> Outcome:
+        return run_ranks(launch.worker, num_ranks, log_dir, place, cluster, names)
 
     if place.node != 0:
-        return run()
+        return run({})
+    attempt = Owner.this_process(jobs)
+    this_start = Start(jobs[0] if jobs else attempt.attempt, restart=0)
     with ExitStack() as stack:
         before = _own(launch, attempt, stack)
         if before is not None:
             print(f"{launch.folder} is taken over from {before}", file=sys.stderr)
-        begin(launch.folder, Start(series, restart=0), cluster.crash_loop)
+        begin(launch.folder, this_start, cluster.crash_loop)
         launch.write_config()
         print(launch.describe(), flush=True)
-        return run()
+        outcome = run({ATTEMPT: attempt.attempt, SERIES: this_start.series})
+        if outcome.was_stopped:  # maybe before the ranks had begun
+            record(launch.folder, replace(this_start, ended_well=True))
+        return outcome
 
 
 def _own(launch: Launch, attempt: Owner, stack: ExitStack) -> Owner | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.runs.ownership import (
-    ATTEMPT,
     DEAD_AFTER_S,
     OWNER,
     Fence,
@@ -23,6 +22,7 @@ from dsv2_train.runs.ownership import (
     Owner,
     heartbeat,
     is_alive,
+    owned,
     read_owner,
     take,
 )
@@ -143,11 +143,25 @@ def test_a_continuation_of_the_job_fences_an_attempt_that_lives(tmp_path: Path) 
 
 
 def test_without_a_launcher_nothing_is_fenced(tmp_path: Path) -> None:
-    Fence.of_this_rank(tmp_path, {}).check()
+    Fence(tmp_path, None).check()
     take(tmp_path, Owner.this_process())
-    Fence.of_this_rank(tmp_path, {}).check()
+    Fence(tmp_path, None).check()
     with pytest.raises(FencedError):
-        Fence.of_this_rank(tmp_path, {ATTEMPT: "another"}).check()
+        Fence(tmp_path, "another").check()
+
+
+def test_who_ends_gives_the_folder_back(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), owned(tmp_path, Owner.this_process()):
+        assert read_owner(tmp_path) is not None
+        raise ZeroDivisionError
+    assert read_owner(tmp_path) is None
+
+
+def test_who_has_lost_the_folder_does_not_give_it_back(tmp_path: Path) -> None:
+    later = Owner.this_process(("7",))
+    with owned(tmp_path, Owner.this_process(("7",))):
+        take(tmp_path, later)
+    assert read_owner(tmp_path) == later
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"attempt": "a"}', '{"jobs": 3}'])

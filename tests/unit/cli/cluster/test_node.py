@@ -88,9 +88,10 @@ def test_a_status_says_whether_the_run_is_to_go_on(
         return outcome
 
     monkeypatch.setattr(start, "run_ranks", run_ranks)
-    for name, value in JOB.items():
+    for name, value in {**JOB, node.REFUSED: "refused"}.items():
         monkeypatch.setenv(name, value)
     assert node.main(["--config", "c.yaml"]) == status
+    assert Path("refused").exists() == (status == 2)
     if last_step == 40:
         monkeypatch.setattr(start, "run_ranks", None)
         assert node.main(["--config", "c.yaml"]) == 0  # finished: nothing is started

@@ -41,7 +41,7 @@ exit ${STATUS-0}
 SHOW_JOB = """\
 #!/usr/bin/env bash
 if [[ "$*" == "--oneliner show job 7" ]]; then
-  echo "JobId=7 JobName=x Requeue=1 Restarts=${RESTARTS} BatchFlag=1"
+  echo "JobId=7 JobName=x JobState=${STATE} Requeue=1 Restarts=${RESTARTS} BatchFlag=1"
   exit
 fi
 """
@@ -55,16 +55,27 @@ def script_of(config: RunConfig, config_path: str = "/c.yaml", command: str = "s
 
 
 def run_script(
-    folder: Path, script: str, status: int = 0, requeue: int = 1, restarts: int = 0
+    folder: Path,
+    script: str,
+    status: int = 0,
+    requeue: int = 1,
+    *,
+    restarts: int = 0,
+    state: str = "RUNNING",
+    node: str = "",
 ) -> tuple[int, list[str]]:
     """Run a script where srun and scontrol are recorders; its status, and all words they got.
 
-    Slurm has begun the job `restarts` times again; the script is of its first run.
+    Slurm has begun the job `restarts` times again; the script is of its first run. `node` is more
+    that srun does.
     """
     programs = folder / "programs"
     programs.mkdir(parents=True)
-    show_job = SHOW_JOB.replace("${RESTARTS}", str(restarts))
-    for name, begin, ends_with in (("srun", "", status), ("scontrol", show_job, requeue)):
+    show_job = SHOW_JOB.replace("${RESTARTS}", str(restarts)).replace("${STATE}", state)
+    for name, begin, ends_with in (
+        ("srun", f"#!/usr/bin/env bash\n{node}\n", status),
+        ("scontrol", show_job, requeue),
+    ):
         (programs / name).write_text(begin + RECORDER.replace("${STATUS-0}", str(ends_with)))
         (programs / name).chmod(0o755)
     environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "HOME": "/nowhere"}
@@ -162,6 +173,22 @@ def test_a_script_that_outlives_its_run_does_not_disturb_the_next(tmp_path: Path
     script = script_of(tiny_config(SLURM, "cluster.slurm.requeue=true"))
     status, words = run_script(tmp_path, script, 1, restarts=1)
     assert status == 1 and "scontrol" not in words
+
+
+def test_a_job_that_its_user_ended_is_not_begun_again(tmp_path: Path) -> None:
+    """Slurm would requeue it: it is there until its processes have ended."""
+    script = script_of(tiny_config(SLURM, "cluster.slurm.requeue=true"))
+    status, words = run_script(tmp_path, script, 3, state="COMPLETING")
+    assert status == 0 and "scontrol" not in words
+
+
+def test_where_a_node_refuses_the_job_ends_whatever_becomes_of_the_others(tmp_path: Path) -> None:
+    """srun ends with the highest status: that of tasks that waited, and were killed."""
+    config = tiny_config(SLURM, "cluster.slurm.requeue=true", f"run.dir={tmp_path}/$HOME")
+    (config.run.folder / "logs").mkdir(parents=True)
+    status, words = run_script(tmp_path, script_of(config), 137, node='touch "$DSV2_REFUSED"')
+    assert status == 2 and "scontrol" not in words
+    assert (config.run.folder / "logs" / "refused_7_0").exists()
 
 
 def test_the_nodes_and_their_parts_are_asked_for() -> None:
