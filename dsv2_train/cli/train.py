@@ -8,6 +8,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dsv2_train.checkpoint.disk.layout import latest_complete
+from dsv2_train.cli.launch.failure import REFUSALS
 from dsv2_train.cli.preflight.suite import require_preflight
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.checks.all import cross_check
@@ -18,9 +19,7 @@ from dsv2_train.distributed import env as environment
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.distributed.activity import Phase
 from dsv2_train.monitor.report import Closing, closing_message
-from dsv2_train.runs.attempts import CrashLoopError
-from dsv2_train.runs.ownership import FencedError
-from dsv2_train.train.attempts import end_torchrun, end_well, this_start
+from dsv2_train.train.attempts import begin_again, end_torchrun, end_well, this_start
 from dsv2_train.train.loop import train
 from dsv2_train.train.run import Run
 from dsv2_train.train.setup import build_run
@@ -42,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     activity.start()
     config = load_file(arguments.config)
+    begin_again(config)
     env = environment.start(config.cluster.group_timeout_s)
     if config.cluster.preflight.before_training:
         require_preflight(config, env)
@@ -115,8 +115,9 @@ def main() -> int:
     add_arguments(parser)
     try:
         return run(parser.parse_args()) or 0
-    except (CrashLoopError, FencedError):
-        end_torchrun()
+    except Exception as error:
+        if type(error).__name__ in REFUSALS:
+            end_torchrun()
         raise
 
 

@@ -69,6 +69,9 @@ def read_owner(folder: Path) -> Owner | None:
     """The owner of a run folder; None for a folder that nobody ever owned.
 
     A record that cannot be understood is nobody's: whoever wrote it does not hold it either.
+
+    Raises:
+        OSError: if it is there and cannot be read.
     """
     try:
         values = json.loads((folder / OWNER).read_bytes())
@@ -138,8 +141,8 @@ def heartbeat(folder: Path, attempt: Owner, every_s: float = HEARTBEAT_S) -> Ite
 
     def beat() -> None:
         while not ended.wait(every_s):
-            if read_owner(folder) == attempt:
-                with suppress(OSError):
+            with suppress(OSError):  # of a file system that does not answer now
+                if read_owner(folder) == attempt:
                     os.utime(folder / OWNER)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
@@ -176,7 +179,10 @@ class Fence:
 
     def why_lost(self) -> str | None:
         """Whose the folder is, if it is another's; reads one small file."""
-        owner = None if self._attempt is None else read_owner(self._folder)
+        try:
+            owner = None if self._attempt is None else read_owner(self._folder)
+        except OSError:  # a file system that does not answer now is asked again
+            return None
         if owner is None or owner.attempt == self._attempt:
             return None
         return (

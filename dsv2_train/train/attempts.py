@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch.distributed import ProcessGroup
 
 from dsv2_train.checkpoint.ranks import RankGroup
+from dsv2_train.config.run import RunConfig
 from dsv2_train.runs import attempts
 from dsv2_train.runs.attempts import SERIES, CrashLoopError, Start
 from dsv2_train.train.run import Run
@@ -29,6 +30,19 @@ def said_by_launcher(variable: str, hosts: ProcessGroup) -> str | None:
     return RankGroup(hosts).gather_then_broadcast(lambda: os.environ.get(variable), first)
 
 
+def begin_again(config: RunConfig) -> None:
+    """Write down that torchrun starts the ranks again, before anything of it can fail.
+
+    One rank of the first node does; of a first start the launcher did. No communication.
+
+    Raises:
+        CrashLoopError: on that rank, if as many starts as `cluster.crash_loop` got nowhere.
+    """
+    series, restart = os.environ.get(SERIES), _restart()
+    if series is not None and restart > 0 and os.environ["LOCAL_RANK"] == "0":
+        attempts.begin(config.run.folder, Start(series, restart), config.cluster.crash_loop)
+
+
 def this_start(run: Run) -> Start:
     """Write this start down, if those before it got anywhere; alert if the last one failed.
 
@@ -41,8 +55,7 @@ def this_start(run: Run) -> Start:
     """
     # Where no launcher counts its starts each is the first of a series.
     series = said_by_launcher(SERIES, run.hosts) or secrets.token_hex(8)
-    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    start = Start(series, restart, run.clock.step)
+    start = Start(series, _restart(), run.clock.step)
     loop = RankGroup(run.hosts).on_rank0(lambda: _begin(run, start))
     if loop is not None:
         raise CrashLoopError(loop)
@@ -71,3 +84,7 @@ def _begin(run: Run, start: Start) -> str | None:
         text = f"the start before this one {went_on}, and failed: logs/ has what it left; this one"
         run.monitor.alert("restart", f"{text} goes on after step {start.step}")
     return None
+
+
+def _restart() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -181,4 +181,5 @@ def test_a_run_that_begins_with_it_does_not_train_where_it_fails(tmp_path: Path)
     assert done.returncode == 1
     assert "preflight FAILED" in done.stderr
     [run] = [path for path in tmp_path.iterdir() if path != data]
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "logs"}
+    files = {path.name for path in run.iterdir()}
+    assert files == {"config.yaml", "logs", "attempts.jsonl", "owner.json.lock"}

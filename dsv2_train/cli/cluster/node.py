@@ -46,7 +46,8 @@ def _run(config_path: Path, command: Sequence[str]) -> int:
     place = place_in_job(os.environ)
     config = load_file(config_path)
     machines = on_nodes(place.num_nodes)
-    launch = inspect(config, (), command, machines)
+    # Every node looks: none of them reads what was read back when it was written.
+    launch = inspect(config, (), command, machines, reads_end=False)
     if launch.is_finished:
         if place.node == 0:
             print(launch.describe(), flush=True)
@@ -56,7 +57,8 @@ def _run(config_path: Path, command: Sequence[str]) -> int:
     outcome = start(launch, place, log_dir, jobs)
     if outcome.status:
         return outcome.status
-    return 0 if inspect(config, (), command, machines).is_finished else EXIT_STOPPED
+    after = inspect(config, (), command, machines, reads_end=False)
+    return 0 if after.is_finished else EXIT_STOPPED
 
 
 def place_in_job(environment: Mapping[str, str]) -> Place:

@@ -1,5 +1,6 @@
 """What is submitted, in the run folder: script, configuration, code, environment, jobs."""
 
+import itertools
 import json
 import os
 import re
@@ -11,7 +12,8 @@ from pathlib import Path
 from dsv2_train.cli.run_folder.launch import numbered
 
 _REPOSITORY = Path(__file__).resolve().parents[3]
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+_USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 SCRIPT = "train.sbatch"
 CONFIG = "config.yaml"
@@ -49,10 +51,10 @@ def write_jobs(folder: Path, job_ids: list[str]) -> None:
 
 
 def chain_of(run_folder: Path, job_id: str) -> tuple[str, ...]:
-    """A job, then those of the same submission."""
+    """A job, then those of the same submission that it continues."""
     chains = [json.loads(file.read_text()) for file in _files_of_jobs(run_folder)]
-    others = [each for chain in chains if job_id in chain for each in chain if each != job_id]
-    return (job_id, *others)
+    before = [chain[: chain.index(job_id)] for chain in chains if job_id in chain]
+    return (job_id, *itertools.chain(*before))
 
 
 def submitted_jobs(run_folder: Path) -> list[str]:
@@ -67,11 +69,17 @@ def _files_of_jobs(run_folder: Path) -> list[Path]:
 
 
 def without_secrets(environment: Mapping[str, str]) -> str:
-    """Variables a line, as JSON strings; values of those that sound like secrets are left out."""
-    return "".join(
-        f"{name}={'(left out)' if _SECRET.search(name) else json.dumps(value)}\n"
-        for name, value in sorted(environment.items())
-    )
+    """Variables a line, as JSON strings.
+
+    Values of those that sound like secrets are left out, and who an address is opened as.
+    """
+
+    def told(name: str, value: str) -> str:
+        if _SECRET.search(name):
+            return "(left out)"
+        return json.dumps(_USER_OF_URL.sub("(left out)", value))
+
+    return "".join(f"{name}={told(name, value)}\n" for name, value in sorted(environment.items()))
 
 
 def _code() -> str:

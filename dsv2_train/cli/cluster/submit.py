@@ -115,7 +115,7 @@ def _ask_slurm(checked: Submission) -> None:
     slurm.require_slurm()
     problems: list[Problem] = []
     partition, there = checked.slurm.partition, slurm.partitions()
-    if partition not in there:
+    if not set(partition.split(",")) <= set(there):
         allowed = f"must be a partition of this cluster: {', '.join(there)}"
         problems.append(Problem("cluster.slurm.partition", partition, allowed))
     for job_id, state in slurm.live_jobs(submitted_jobs(checked.launch.folder)).items():
@@ -139,7 +139,13 @@ def _submit(checked: Submission) -> list[str]:
     job_ids: list[str] = []
     for _ in range(checked.slurm.chain):
         after = job_ids[-1] if job_ids else None
-        job_ids.append(slurm.submit(folder / SCRIPT, checked.output, after))
+        try:
+            job_ids.append(slurm.submit(folder / SCRIPT, checked.output, after))
+        except ConfigError:
+            if job_ids:
+                _tell(checked, job_ids)
+                print("but no more of the chain:", flush=True)
+            raise
         write_jobs(folder, job_ids)
     return job_ids
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _TRACEBACK_LINES = 15
-# Errors whose message says where, what and what to do: a traceback would only hide it.
-_REFUSALS = (
+# Errors whose message says where, what and what to do: a traceback would only hide it. After these
+# the same launch would end the same.
+REFUSALS = (
     "ConfigError",
     "DataError",
     "CheckpointError",
@@ -17,7 +18,7 @@ _REFUSALS = (
     "FencedError",
 )
 _PLAIN_ERRORS = (
-    *_REFUSALS,
+    *REFUSALS,
     "SaveError",
     "FloatingPointError",
     "PreflightError",
@@ -48,7 +49,7 @@ class RankError:
     @property
     def is_config_error(self) -> bool:
         """True if the rank refused the configuration, its data or its checkpoints."""
-        return self.kind in _REFUSALS
+        return self.kind in REFUSALS
 
 
 def first_error(log_dir: Path) -> RankError | None:

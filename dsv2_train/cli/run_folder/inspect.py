@@ -33,6 +33,8 @@ def inspect(
     problems: Sequence[Problem] = (),
     command: Sequence[str] = (),
     machines: Sequence[Check] = (),
+    *,
+    reads_end: bool = True,
 ) -> Launch:
     """Hold a configuration against the machines and against its run folder.
 
@@ -41,6 +43,8 @@ def inspect(
         problems: what is known to be wrong with it.
         command: the line it was composed from.
         machines: whether they have room for the ranks.
+        reads_end: read all tensors of a checkpoint at the recipe's end, the run's last word, before
+            the run is taken for finished.
 
     Raises:
         ConfigError: with `problems`, and if it needs more than the machines have, or would change
@@ -52,7 +56,7 @@ def inspect(
     newest, clock, changed = Newest(None, None, ()), Clock(), list[Change]()
     try:
         with suppress(Absent):
-            newest = _newest(config, is_sound=not problems)
+            newest = _newest(config, reads_end=reads_end and not problems)
         if newest.path is not None and newest.state is not None:
             clock = _clock_of(newest.state)
             found += _other_samples(newest.state, config, problems)
@@ -89,17 +93,17 @@ def _clock_of(state: TrainState) -> Clock:
     return Clock(state.step, state.consumed_samples)
 
 
-def _newest(config: RunConfig, *, is_sound: bool) -> Newest:
+def _newest(config: RunConfig, *, reads_end: bool) -> Newest:
     """The checkpoint to go on from, as far as it can be told without reading tensors.
 
-    One at the recipe's end is the last word of the run: its tensors are read.
+    If `reads_end`, those of one at the recipe's end are read.
 
     Raises:
         ConfigError: if there are checkpoints and none can be used.
     """
 
     def is_end(state: TrainState) -> bool:
-        return is_sound and Schedule(config.recipe, config.optim).is_done(_clock_of(state))
+        return reads_end and Schedule(config.recipe, config.optim).is_done(_clock_of(state))
 
     folder = config.run.checkpoint_folder
     try:

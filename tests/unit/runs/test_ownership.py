@@ -1,5 +1,6 @@
 """A run folder has one owner: who lives is refused to others and fenced by a continuation."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -146,6 +147,31 @@ def test_without_a_launcher_nothing_is_fenced(tmp_path: Path) -> None:
     Fence(tmp_path, None).check()
     take(tmp_path, Owner.this_process())
     Fence(tmp_path, None).check()
+    with pytest.raises(FencedError):
+        Fence(tmp_path, "another").check()
+
+
+def test_a_file_system_that_does_not_answer_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, read_bytes, stale = Owner.this_process(), Path.read_bytes, [True]
+    take(tmp_path, mine)
+
+    def sometimes(path: Path) -> bytes:
+        if stale and path.name == OWNER:
+            raise OSError(errno.ESTALE, "stale file handle")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", sometimes)
+    Fence(tmp_path, "another").check()
+    with pytest.raises(OSError, match="stale"):
+        take(tmp_path, Owner.this_process())
+    with heartbeat(tmp_path, mine, every_s=0.01):
+        time.sleep(0.1)
+        os.utime(tmp_path / OWNER, (1, 1))
+        stale.clear()
+        time.sleep(0.2)
+        assert (tmp_path / OWNER).stat().st_mtime > 1
     with pytest.raises(FencedError):
         Fence(tmp_path, "another").check()
 

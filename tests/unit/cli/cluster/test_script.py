@@ -182,6 +182,33 @@ def test_a_job_that_its_user_ended_is_not_begun_again(tmp_path: Path) -> None:
     assert status == 0 and "scontrol" not in words
 
 
+def test_where_slurm_does_not_answer_the_job_fails(tmp_path: Path) -> None:
+    script = script_of(tiny_config(SLURM, "cluster.slurm.requeue=true"))
+    script = script.replace("sleep 10", "true").replace("show job", "show nothing")
+    status, words = run_script(tmp_path, script, 3)
+    assert status == 1 and words.count("nothing") == 30 and "requeue" not in words
+
+
+def test_what_slurm_is_to_know_it_is_told() -> None:
+    options = {
+        "account": ("acct", "#SBATCH --account=acct\n"),
+        "qos": ("high", "#SBATCH --qos=high\n"),
+        "cpus_per_task": ("6", "#SBATCH --cpus-per-task=6\n"),
+        "options": ("[--exclusive]", "#SBATCH --exclusive\n"),
+        "signal_before_end_s": ("77", "#SBATCH --signal=USR1@77\n"),
+    }
+    given = [f"cluster.slurm.{key}={value}" for key, (value, _) in options.items()]
+    more = ["cluster.slurm.container=image", "cluster.slurm.container_mounts=[/a:/b]"]
+    script = script_of(tiny_config(SLURM, *given, *more))
+    for _, line in options.values():
+        assert line in script
+    assert "#SBATCH --open-mode=append\n" in script
+    (srun,) = (line for line in script.splitlines() if line.startswith("srun "))
+    for word in ("--label", "--wait=60", "--cpus-per-task=6", "--container-image=image"):
+        assert word in srun.split()
+    assert f"--container-mounts={Path.cwd()}:{Path.cwd()},/a:/b" in srun
+
+
 def test_where_a_node_refuses_the_job_ends_whatever_becomes_of_the_others(tmp_path: Path) -> None:
     """srun ends with the highest status: that of tasks that waited, and were killed."""
     config = tiny_config(SLURM, "cluster.slurm.requeue=true", f"run.dir={tmp_path}/$HOME")

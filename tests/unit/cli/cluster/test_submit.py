@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsv2_train.cli.cluster import submit
-from dsv2_train.cli.cluster.record import without_secrets
+from dsv2_train.cli.cluster.record import chain_of, without_secrets, write_jobs
 from tests.unit.cli.folders import write_data_folder
 
 QUICKSTART = ("experiment=quickstart", "cluster.ranks_per_node=2")
@@ -118,6 +118,35 @@ def test_a_chain_is_submitted_and_on_record(
     assert not any("hidden-from-all" in path.read_text() for path in record.iterdir())
 
 
+def test_a_chain_that_slurm_does_not_take_whole_tells_what_it_took(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_program(folder, "sbatch", f"{SBATCH}[ $number -lt 43 ] || {{ echo QOS >&2; exit 1; }}")
+    assert submit.main([*QUICKSTART, SLURM, "cluster.slurm.chain=4"]) == 2
+    said = capsys.readouterr()
+    assert "submitted job 41, and then 42\n" in said.out and "says: QOS" in said.err
+    run = folder / "runs" / "quickstart"
+    assert json.loads((run / "logs/submit_0001/jobs.json").read_text()) == ["41", "42"]
+
+
+def test_any_of_several_partitions_will_do(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main([*QUICKSTART, SLURM, 'cluster.slurm.partition="debug,train"']) == 0
+    capsys.readouterr()
+    told = refused(capsys, SLURM, 'cluster.slurm.partition="debug,gpu"')
+    assert "found 'debug,gpu'; must be a partition of this cluster: debug, train" in told
+
+
+def test_a_job_continues_those_before_it_in_its_chain(tmp_path: Path) -> None:
+    for number, chain in enumerate((["1"], ["41", "42", "43"]), start=1):
+        folder = tmp_path / "logs" / f"submit_{number:04}"
+        folder.mkdir(parents=True)
+        write_jobs(folder, chain)
+    assert chain_of(tmp_path, "42") == ("42", "41")
+    assert chain_of(tmp_path, "9") == ("9",)
+
+
 def test_a_run_of_a_live_job_is_refused_and_of_a_past_one_not(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,3 +165,6 @@ def test_a_run_of_a_live_job_is_refused_and_of_a_past_one_not(
 def test_secrets_stay_where_they_are() -> None:
     said = without_secrets({"HF_TOKEN": "x1", "AWS_SECRET_ACCESS_KEY": "x2", "A": 'b\n"c'})
     assert said == 'A="b\\n\\"c"\nAWS_SECRET_ACCESS_KEY=(left out)\nHF_TOKEN=(left out)\n'
+    assert without_secrets({"PGPASS": "x"}) == "PGPASS=(left out)\n"
+    said = without_secrets({"PIP_INDEX_URL": "https://u:hunter2@pypi/simple"})
+    assert said == 'PIP_INDEX_URL="https://(left out)@pypi/simple"\n'
