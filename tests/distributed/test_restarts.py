@@ -124,6 +124,27 @@ def test_a_run_that_gets_nowhere_is_not_started_again(tmp_path: Path, launch: La
     assert end_of(launch("loop", *line, "recipe.num_steps=3"))[0] == 0
 
 
+def test_starts_that_fail_before_there_is_a_model_count(tmp_path: Path, launch: Launch) -> None:
+    slow = ("cluster.preflight.before_training=true", "cluster.preflight.disk_gb_per_s=1e6")
+    line = (*slow, "cluster.max_restarts=9", "cluster.crash_loop=2")
+    status, _, err = end_of(launch("loop", *line))
+    assert status == 2, err
+    assert "the last 2 starts never came to a step and failed" in err
+    assert len(list((tmp_path / "runs/loop/logs").glob("launch_0001/*/attempt_*"))) == 3
+
+
+def test_what_a_rank_refuses_is_not_started_again(tmp_path: Path, launch: Launch) -> None:
+    line = ("checkpoint.every_steps=1000", "cluster.max_restarts=9")
+    assert end_of(launch("damaged", *line, "recipe.num_steps=2"))[0] == 0
+    (data, *_) = (tmp_path / "runs/damaged/checkpoints/step_00000002").glob("*.distcp")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    status, _, err = end_of(launch("damaged", *line, "recipe.num_steps=4"))
+    assert status == 2 and "no checkpoint of this run is intact" in err, err
+    assert len(list((tmp_path / "runs/damaged/logs").glob("launch_0002/*/attempt_*"))) == 1
+
+
 def test_a_run_belongs_to_one_launch_at_a_time(tmp_path: Path, launch: Launch) -> None:
     """A second launch is refused and writes nothing; when the first is dead it goes on."""
     run = tmp_path / "runs" / "one"
