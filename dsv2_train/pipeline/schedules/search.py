@@ -3,7 +3,7 @@
 It pays where a step has few microbatches for its stages, and with three chunks or more where p
 does not divide m. With many microbatches a formula is as short: two chunks of DeepSeek-V2's 60
 layers on each of 16 stages are idle for 20.4% of a step of 18 microbatches, beside ZB-V's 29.9%;
-from 36 on nothing shorter than ZB-V is found (docs/pipeline.md).
+from 72 on nothing shorter than ZB-V is found (docs/pipeline.md).
 
 A start is a priority for each op: by simple rules (`_unhindered`), or when a schedule with a
 formula runs it. From each start, list scheduling passes over the step and over its mirrored graph
@@ -11,6 +11,9 @@ in turn, each pass with the times of the one before as priorities: it keeps what
 and packs the end that it left ragged (forward-backward improvement, as project scheduling knows
 it). Successive halving: the better half of the starts goes on, again and again, until nothing gets
 better. A schedule with a formula is taken as it is where nothing beats it.
+
+All this twice: with the time that messages take, and as if they took none. Waiting for what is on
+its way often costs more than the wait itself, so neither is the better one everywhere.
 
 Nothing is drawn at random and nothing depends on the clock: equal arguments give equal plans.
 """
@@ -69,17 +72,21 @@ def search(
         num_microbatches: m.
         costs: durations by virtual stage.
         max_activations: chunk activations that a stage may hold, at least the number of chunks.
-        max_placed: effort, as ops put in order by all passes together.
+        max_placed: effort, as ops put in order by all passes together; as much again without the
+            communication time, where there is any.
 
     Returns:
         A plan no slower than any schedule with a formula that has this placement and this room.
     """
-    graph = step_graph(placement, num_microbatches, _in_ticks(costs), max_activations)
     formulas = [
         fixed.build(name, placement, num_microbatches) for name in fixed.schedules_of(placement)
     ]
-    ops = _shortest(graph, formulas, max_placed).ops(num_microbatches)
-    plans = [Plan("search", placement, num_microbatches, ops)]
+    in_ticks = _in_ticks(costs)
+    plans = []
+    for each in dict.fromkeys((in_ticks, replace(in_ticks, communication_s=0.0))):
+        graph = step_graph(placement, num_microbatches, each, max_activations)
+        ops = _shortest(graph, formulas, max_placed).ops(num_microbatches)
+        plans.append(Plan("search", placement, num_microbatches, ops))
     plans += [
         replace(plan, schedule="search")
         for plan in formulas
