@@ -1,5 +1,6 @@
 """Layouts, costs and plans that hypothesis draws."""
 
+from collections.abc import Sequence
 from random import Random
 
 from hypothesis import strategies as st
@@ -50,9 +51,11 @@ def placements(draw: st.DrawFn, schedule: str, max_stages: int = 32) -> Placemen
 
 
 @st.composite
-def fixed_plans(draw: st.DrawFn, max_microbatches: int = 128) -> Plan:
+def fixed_plans(
+    draw: st.DrawFn, max_microbatches: int = 128, schedules: Sequence[str] = FIXED
+) -> Plan:
     """A schedule with a formula, for training or for evaluation."""
-    schedule = draw(st.sampled_from(FIXED))
+    schedule = draw(st.sampled_from(schedules))
     place, num_microbatches = draw(placements(schedule)), draw(st.integers(1, max_microbatches))
     if draw(st.integers(0, 5)) == 0:
         return build_forward_plan(place, num_microbatches)
@@ -60,9 +63,11 @@ def fixed_plans(draw: st.DrawFn, max_microbatches: int = 128) -> Plan:
 
 
 @st.composite
-def searched_plans(draw: st.DrawFn, max_stages: int, max_microbatches: int) -> tuple[Plan, int]:
-    """A searched plan, and how many activations it may hold on a stage."""
-    place = draw(placements("search", max_stages))
+def searched_plans(
+    draw: st.DrawFn, max_placed: int, max_microbatches: int = 128
+) -> tuple[Plan, Costs, int]:
+    """A searched plan, what it was searched for, and how many activations a stage may hold."""
+    place = draw(placements("search"))
     most = draw(st.integers(place.num_chunks, 2 * place.num_virtual_stages))
-    num_microbatches = draw(st.integers(1, max_microbatches))
-    return search(place, num_microbatches, draw(costs(place)), most, max_placed=5_000), most
+    num_microbatches, drawn = draw(st.integers(1, max_microbatches)), draw(costs(place))
+    return search(place, num_microbatches, drawn, most, max_placed), drawn, most

@@ -21,25 +21,28 @@ from dsv2_train.pipeline.schedules.list_schedule import list_schedule
 from dsv2_train.pipeline.schedules.search import search
 from dsv2_train.pipeline.schedules.step_graph import step_graph
 from dsv2_train.pipeline.simulate import peak_activations, simulate
-from tests.unit.pipeline.drawn import costs, placement, placements, v2_costs
+from tests.unit.pipeline.compared import runs_as_simulated
+from tests.unit.pipeline.drawn import costs, placement, placements, searched_plans, v2_costs
 from tests.unit.pipeline.events import World
 
 EFFORT = 5_000
 
 
-@settings(max_examples=40)
-@given(data=st.data(), place=placements("search", max_stages=8), m=st.integers(1, 20))
+@settings(max_examples=15)
+@given(searched=searched_plans(EFFORT), ahead=st.integers(1, 5))
 def test_a_searched_plan_runs_within_its_room(
-    data: st.DataObject, place: Placement, m: int
+    searched: tuple[Plan, Costs, int], ahead: int
 ) -> None:
-    drawn = data.draw(costs(place))
-    most = data.draw(st.integers(place.num_chunks, 2 * place.num_virtual_stages))
-    plan = search(place, m, drawn, most, max_placed=EFFORT)
-    assert max(peak_activations(plan)) <= most
-    world = World(plan, drawn, 1)
-    assert world.run()
-    simulation = simulate(plan, drawn, with_messages(plan, 1))
-    assert simulation.step_s == max(spans[-1][1] for spans in world.spans)
+    """Up to 32 stages, 128 microbatches and 4 chunks."""
+    plan, drawn, most = searched
+    assert max(runs_as_simulated(plan, drawn, ahead).peak_activations) <= most
+
+
+@settings(max_examples=3)
+@given(searched=searched_plans(max_placed=200_000), ahead=st.integers(1, 5))
+def test_at_full_effort_it_does_as_well(searched: tuple[Plan, Costs, int], ahead: int) -> None:
+    plan, drawn, most = searched
+    assert max(runs_as_simulated(plan, drawn, ahead).peak_activations) <= most
 
 
 @pytest.mark.parametrize(("p", "m", "v"), [(32, 128, 1), (32, 20, 4), (5, 128, 2), (1, 7, 3)])
@@ -49,7 +52,7 @@ def test_layouts_at_the_edges(p: int, m: int, v: int, room: int) -> None:
     place = placement("search", p, v)
     drawn = v2_costs(place, communication_s=0.05)
     plan = search(place, m, drawn, room * v, max_placed=1)
-    assert max(simulate(plan, drawn).peak_activations) <= room * v
+    assert max(runs_as_simulated(plan, drawn, 1).peak_activations) <= room * v
 
 
 @settings(max_examples=20)
