@@ -86,6 +86,15 @@ def test_the_first_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sum(event["ph"] == "X" for event in spans) == 4 * 4 * 2
 
 
+def test_of_a_batch_that_ramps_the_first_step_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = ("parallel.pp=4", "parallel.ep=1", "parallel.schedule=1f1b")
+    ramp = "+recipe.batch_ramp={start_batch_size:4,ramp_tokens:4096,multiple_of:4}"
+    assert main(["plan", "experiment=quickstart", *layout, ramp, "--draw", str(tmp_path)]) == 0
+    assert "1f1b, 2 microbatches" in capsys.readouterr().out
+
+
 def test_a_step_that_is_drawn_is_searched_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
