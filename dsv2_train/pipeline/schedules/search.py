@@ -3,7 +3,7 @@
 It pays where a step has few microbatches for its stages, and with three chunks or more where p
 does not divide m. With many microbatches a formula is as short: two chunks of DeepSeek-V2's 60
 layers on each of 16 stages are idle for 20.4% of a step of 18 microbatches, beside ZB-V's 29.9%;
-from 36 on nothing shorter than ZB-V is found (docs/pipeline.md).
+from 72 on nothing shorter than ZB-V is found (docs/pipeline.md).
 
 A start is a priority for each op: by simple rules (`_unhindered`), or when a schedule with a
 formula runs it. From each start, list scheduling passes over the step and over its mirrored graph
@@ -11,6 +11,9 @@ in turn, each pass with the times of the one before as priorities: it keeps what
 and packs the end that it left ragged (forward-backward improvement, as project scheduling knows
 it). Successive halving: the better half of the starts goes on, again and again, until nothing gets
 better. A schedule with a formula is taken as it is where nothing beats it.
+
+All this twice: with the time that messages take, and as if they took none. Waiting for what is on
+its way often costs more than the wait itself, so neither is the better one everywhere.
 
 Nothing is drawn at random and nothing depends on the clock: equal arguments give equal plans.
 """
@@ -37,7 +40,6 @@ _LAGS = (1.0, 0.2)
 _PATIENCE = ((0.0, 0.25), (0.25, 0.0), (0.25, 0.25), (0.5, 0.5), (0.9, 0.9))
 
 _MAX_PLACED = 200_000  # ops that all passes together put in order
-_BESIDE = 2  # half of that again for steps whose messages are not looked at
 _TICKS = 10_000  # of a mean duration: in whole numbers equal sums are equal, whatever their order
 
 
@@ -70,8 +72,8 @@ def search(
         num_microbatches: m.
         costs: durations by virtual stage.
         max_activations: chunk activations that a stage may hold, at least the number of chunks.
-        max_placed: effort, as ops put in order by all passes together; half of it is added
-            where messages take time.
+        max_placed: effort, as ops put in order by all passes together; as much again without the
+            communication time, where there is any.
 
     Returns:
         A plan no slower than any schedule with a formula that has this placement and this room.
@@ -79,10 +81,11 @@ def search(
     formulas = [
         fixed.build(name, placement, num_microbatches) for name in fixed.schedules_of(placement)
     ]
+    in_ticks = _in_ticks(costs)
     plans = []
-    for considered, effort in _considered(_in_ticks(costs), max_placed):
-        graph = step_graph(placement, num_microbatches, considered, max_activations)
-        ops = _shortest(graph, formulas, effort).ops(num_microbatches)
+    for each in dict.fromkeys((in_ticks, replace(in_ticks, communication_s=0.0))):
+        graph = step_graph(placement, num_microbatches, each, max_activations)
+        ops = _shortest(graph, formulas, max_placed).ops(num_microbatches)
         plans.append(Plan("search", placement, num_microbatches, ops))
     plans += [
         replace(plan, schedule="search")
@@ -90,17 +93,6 @@ def search(
         if max(peak_activations(plan)) <= max_activations
     ]
     return min(plans, key=lambda plan: simulate(plan, costs).step_s)
-
-
-def _considered(costs: Costs, max_placed: int) -> Iterator[tuple[Costs, int]]:
-    """Durations to search for, and with how much effort.
-
-    List scheduling that waits for messages fills the waits with what is ready, and may be greedy
-    there: now and then a step that was made without a look at them is shorter with them.
-    """
-    yield costs, max_placed
-    if costs.communication_s:
-        yield replace(costs, communication_s=0.0), max_placed // _BESIDE
 
 
 def _shortest(graph: StepGraph, formulas: Sequence[Plan], max_placed: int) -> ListSchedule:

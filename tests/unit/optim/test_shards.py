@@ -36,15 +36,6 @@ def build(
     return wrap(toy, parallel, precision, groups)
 
 
-@pytest.mark.parametrize("reduce", [True, False])
-@pytest.mark.parametrize("gather", [True, False])
-def test_what_is_to_overlap_does_and_nothing_else(reduce: bool, gather: bool) -> None:
-    parallel = ParallelConfig(world_size=2, overlap_grad_reduce=reduce, overlap_param_gather=gather)
-    groups = build_fake(parallel, 0)
-    config = wrap(Toy(range(NUM_LAYERS), 0, 1, torch.float32), parallel, "fp32", groups).ddp_config
-    assert (config.overlap_grad_reduce, config.overlap_param_gather) == (reduce, gather)
-
-
 Owned = tuple[str, int, int, int]
 
 

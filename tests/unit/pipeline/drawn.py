@@ -1,5 +1,6 @@
 """Layouts, costs and plans that hypothesis draws."""
 
+from collections.abc import Sequence
 from random import Random
 
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from dsv2_train.pipeline.costs import Costs
 from dsv2_train.pipeline.plans import Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_forward_plan
+from dsv2_train.pipeline.schedules.search import search
 
 FIXED = [schedule for schedule in SCHEDULES if not TRAITS[schedule].is_searched]
 CHUNKS = {"1f1b": [1], "zb_h1": [1], "zb_v": [2], "search": [1, 2, 3, 4]}
@@ -49,10 +51,23 @@ def placements(draw: st.DrawFn, schedule: str, max_stages: int = 32) -> Placemen
 
 
 @st.composite
-def fixed_plans(draw: st.DrawFn, max_microbatches: int = 128) -> Plan:
+def fixed_plans(
+    draw: st.DrawFn, max_microbatches: int = 128, schedules: Sequence[str] = FIXED
+) -> Plan:
     """A schedule with a formula, for training or for evaluation."""
-    schedule = draw(st.sampled_from(FIXED))
+    schedule = draw(st.sampled_from(schedules))
     place, num_microbatches = draw(placements(schedule)), draw(st.integers(1, max_microbatches))
     if draw(st.integers(0, 5)) == 0:
         return build_forward_plan(place, num_microbatches)
     return fixed.build(schedule, place, num_microbatches)
+
+
+@st.composite
+def searched_plans(
+    draw: st.DrawFn, max_placed: int, max_microbatches: int = 128
+) -> tuple[Plan, Costs, int]:
+    """A searched plan, what it was searched for, and how many activations a stage may hold."""
+    place = draw(placements("search"))
+    most = draw(st.integers(place.num_chunks, 2 * place.num_virtual_stages))
+    num_microbatches, drawn = draw(st.integers(1, max_microbatches)), draw(costs(place))
+    return search(place, num_microbatches, drawn, most, max_placed), drawn, most

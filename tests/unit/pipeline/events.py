@@ -26,16 +26,22 @@ class World:
         self.spans: list[list[tuple[float, float]]] = [[] for _ in stages]
         self.busy = [False] * len(stages)
         self.here: list[set[Value]] = [set() for _ in stages]
+        self.held = [0 for _ in stages]
+        self.most_held = [0 for _ in stages]
         self.channels: dict[tuple[int, int], list[Value]] = defaultdict(list)
+        self.place: dict[Value, int] = {}  # in its channel
         for stage in stages:
             for op in plan.ops[stage]:
                 value = self.made(stage, op)
                 target = self.wanted_on(value) if value else None
                 if value and target is not None and target != stage:
+                    self.place[value] = len(self.channels[stage, target])
                     self.channels[stage, target].append(value)
+        self.into = [[each for each in self.channels if each[1] == stage] for stage in stages]
         self.sent_s: dict[Value, float] = {}
         self.posted_s: dict[Value, float] = {}
-        self.taken: list[set[Value]] = [set() for _ in stages]
+        self.num_posted: dict[tuple[int, int], int] = defaultdict(int)
+        self.num_taken: dict[tuple[int, int], int] = defaultdict(int)
         self.unsent: dict[tuple[int, int], int] = defaultdict(int)
         self.events: list[tuple[float, int, str, Value | None]] = []
 
@@ -87,13 +93,15 @@ class World:
             return
         op = self.plan.ops[stage][place]
         value = self.needed(stage, op)
-        for (source, target), values in self.channels.items():
-            if target == stage:
-                self.post(source, target, values, value, now)
+        sender = self.owner[value[1]] if value in self.place and op.kind is not Kind.W else None
+        for source, target in self.into[stage]:
+            self.post(source, target, value if source == sender else None, now)
         if value is not None and value not in self.here[stage]:
             return
-        if value is not None:
-            self.taken[stage].add(value)
+        if sender is not None:
+            self.num_taken[sender, stage] += 1
+        self.held[stage] += op.kind is Kind.F
+        self.most_held[stage] = max(self.most_held[stage], self.held[stage])
         virtual_stage = self.plan.placement.virtual_stage(stage, op.chunk)
         end_s = now + self.costs.duration_s(op.kind, virtual_stage)
         self.spans[stage].append((now, end_s))
@@ -105,19 +113,19 @@ class World:
         counts = (count for (source, _), count in self.unsent.items() if source == stage)
         return most is not None and any(count > most for count in counts)
 
-    def post(
-        self, source: int, target: int, values: list[Value], needed: Value | None, now: float
-    ) -> None:
-        count = sum(value in self.posted_s for value in values)
-        waiting = sum(value not in self.taken[target] for value in values[:count])
-        at_least = values.index(needed) + 1 if needed in values else 0
-        while count < len(values) and (waiting < self.ahead or count < at_least):
+    def post(self, source: int, target: int, needed: Value | None, now: float) -> None:
+        channel, values = (source, target), self.channels[source, target]
+        count, taken = self.num_posted[channel], self.num_taken[channel]
+        at_least = self.place[needed] + 1 if needed is not None else 0
+        while count < len(values) and (count - taken < self.ahead or count < at_least):
             self.posted_s[values[count]] = now
             self.meet(source, target, values[count])
-            count, waiting = count + 1, waiting + 1
+            count += 1
+        self.num_posted[channel] = count
 
     def finish(self, stage: int, now: float, op: Op) -> None:
         self.busy[stage] = False
+        self.held[stage] -= op.kind in (Kind.W, Kind.BW)
         value = self.made(stage, op)
         if value is None:
             return

@@ -1,14 +1,21 @@
 """What is sent is held until it is sent, and a step ends when everything is."""
 
 import weakref
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
+from dsv2_train.config.placement import Placement
+from dsv2_train.ops.main_grad import DeferredGradients
 from dsv2_train.pipeline.messages import Message
 from dsv2_train.pipeline.plans import Kind, Op
+from dsv2_train.pipeline.stage.activation import Activation
 from dsv2_train.pipeline.stage.mailbox import Mailbox
+from dsv2_train.pipeline.stage.stage import Stage, StageStep, Work
+
+ACTIVATION = Activation((2, 1, 4), torch.float32, torch.device("cpu"))
 
 
 class Sent:
@@ -66,3 +73,16 @@ def test_what_stays_on_its_stage_is_at_hand_and_not_sent() -> None:
     result = torch.ones(2)
     box.hand_on(message(0), result)
     assert box.take(message(0)) is result and not works
+
+
+def test_a_step_ends_with_that_wait() -> None:
+    place = Placement(2, 1, "loop")
+    stage = Stage(0, place, [], [], mock.Mock(), DeferredGradients([]))
+    work = Work(mock.Mock(), [], 1, ACTIVATION, forward_only=True)
+    step = StageStep(stage, work, None)
+    send = mock.Mock(is_completed=lambda: False)
+    stage.lanes.send.return_value = send  # type: ignore[union-attr]
+    action = SimpleNamespace(op=message(1).made_by, posts=(), takes=None, sends=message(1))
+    with mock.patch.object(step, "_compute", return_value=ACTIVATION.empty()):
+        step.run([action])  # type: ignore[list-item]
+    send.wait.assert_called_once_with()

@@ -1,65 +1,83 @@
-"""From a run's configuration to its plan: every setting that a plan depends on is heard."""
+"""A run's own plan: what of its configuration decides durations and room, figures by hand."""
 
 import pytest
 
 from dsv2_train.config.run import RunConfig
-from dsv2_train.pipeline.schedules.model_costs import model_costs
-from dsv2_train.pipeline.schedules.run_plan import CPU, H800, run_costs, run_plan
+from dsv2_train.pipeline.costs import Costs
+from dsv2_train.pipeline.schedules.build import build_plan
+from dsv2_train.pipeline.schedules.run_plan import run_costs, run_plan
 from dsv2_train.pipeline.simulate import peak_activations
 from tests.helpers.tiny import tiny_config
+from tests.unit.recipe.presets import preset
+
+# Of the tiny model: weights that a token meets, and operations of a layer's core, F and B.
+MLA = 48 * (24 + 16 + 8) + 24 * 4 * 16 + 16 * 4 * (8 + 12) + 4 * 12 * 48
+DENSE, EXPERTS, GATE, HEAD = 3 * 48 * 64, (4 + 2) * 3 * 48 * 20, 16 * 48, 128 * 48
+CORE, CORE_GRAD = 2 * 4 * (16 + 12) * 12.5, 2 * 4 * (3 * 16 + 2 * 12) * 12.5
+TOKENS = 2 * 24  # two sequences of 24
 
 
-def config(*overrides: str) -> RunConfig:
-    return tiny_config("parallel.world_size=4", "parallel.pp=4", *overrides)
+def searched(*overrides: str, chunks: int = 1) -> RunConfig:
+    layout = ("parallel.world_size=2", "parallel.pp=2", f"parallel.chunks={chunks}")
+    return tiny_config(*layout, "parallel.schedule=search", *overrides)
 
 
-SEARCHED = ("parallel.schedule=search", "recipe.global_batch_size=32")
+def on_a_core_s(operations: float) -> float:
+    return TOKENS * operations / 0.1e12
 
 
-@pytest.mark.parametrize("room", [1, 2, 3, 6])
-def test_a_run_holds_what_it_has_room_for(room: int) -> None:
-    """With room for all the first stage would hold four or more."""
-    plan = run_plan(config(*SEARCHED, f"parallel.max_activations={room}"), 8)
-    assert max(peak_activations(plan)) <= room
-    assert plan.schedule == "search"
-
-
-def test_room_that_is_there_is_used() -> None:
-    plan = run_plan(config(*SEARCHED, "parallel.max_activations=6"), 8)
-    assert max(peak_activations(plan)) > 3
-
-
-@pytest.mark.parametrize(("device", "speeds"), [("cpu", CPU), ("h800", H800)])
-def test_durations_are_those_of_the_device(device: str, speeds: object) -> None:
-    run = config(f"cluster.device={device}", "recipe.micro_batch_size=1", "recipe.precision=fp32")
-    layers = run.parallel.split(run.model.num_layers)
-    assert run_costs(run) == model_costs(
-        run.model,
-        layers,
-        run.recipe.sequence_length,
-        speeds,  # type: ignore[arg-type]
-        run.parallel.recompute,
-        num_sequences=1,
-        element_bytes=4,
+def test_costs_of_a_run_on_the_cpu_by_hand() -> None:
+    """One layer on the first stage, which is dense, three and the head on the second."""
+    costs = run_costs(searched("parallel.layers_per_chunk=[1,3]", "parallel.recompute=[moe]"))
+    weights = (MLA + DENSE, 3 * (MLA + EXPERTS + GATE) + HEAD)
+    products_s = [on_a_core_s(2 * each) for each in weights]
+    core_s = [on_a_core_s(layers * CORE) for layers in (1, 3)]
+    core_grad_s = [on_a_core_s(layers * CORE_GRAD) for layers in (1, 3)]
+    again_s = [0, on_a_core_s(2 * 3 * EXPERTS)]
+    assert costs.forward_s == pytest.approx(list(map(sum, zip(products_s, core_s, strict=True))))
+    assert costs.input_grad_s == pytest.approx(
+        list(map(sum, zip(products_s, core_grad_s, again_s, strict=True)))
     )
+    assert costs.weight_grad_s == pytest.approx(products_s)
+    assert costs.communication_s == pytest.approx(TOKENS * 48 * 4 / 1e9)
 
 
-def test_a_part_that_is_recomputed_makes_b_longer_and_nothing_else() -> None:
-    plain, again = (config(f"parallel.recompute=[{part}]") for part in ("", "moe"))
-    one, other = run_costs(plain), run_costs(again)
-    assert other.input_grad_s[1] > 1.01 * one.input_grad_s[1]
-    assert (other.forward_s, other.weight_grad_s) == (one.forward_s, one.weight_grad_s)
+@pytest.mark.parametrize(("precision", "element_bytes"), [("bf16", 2), ("fp32", 4), ("fp64", 8)])
+def test_a_message_is_as_wide_as_the_precision(precision: str, element_bytes: int) -> None:
+    costs = run_costs(searched(f"recipe.precision={precision}"))
+    assert costs.communication_s == pytest.approx(TOKENS * 48 * element_bytes / 1e9)
 
 
-def test_twice_the_samples_take_twice_as_long() -> None:
-    one, two = (run_costs(config(f"recipe.micro_batch_size={size}")) for size in (1, 2))
-    for each in ("forward_s", "input_grad_s", "weight_grad_s"):
-        assert getattr(two, each) == pytest.approx([2 * took for took in getattr(one, each)])
-    assert two.communication_s == pytest.approx(2 * one.communication_s)
+def test_costs_of_a_run_on_gpus_by_hand() -> None:
+    """Two layers of DeepSeek-V2 and two sequences of 4096 tokens, W of them and the message."""
+    costs = run_costs(preset("dsv2_236b_pretrain", "recipe.micro_batch_size=2"))
+    heads = 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 5120
+    layer = 5120 * (1536 + 512 + 64) + heads + 8 * 3 * 5120 * 1536 + 160 * 5120
+    assert costs.weight_grad_s[1] == pytest.approx(2 * 2 * layer * 8192 / 600e12)
+    assert costs.communication_s == pytest.approx(8192 * 5120 * 2 / 50e9)
 
 
-@pytest.mark.parametrize(("precision", "times"), [("bf16", 1), ("fp32", 2), ("fp64", 4)])
-def test_a_message_is_as_long_as_its_elements(precision: str, times: int) -> None:
-    run, bf16 = (run_costs(config(f"recipe.precision={each}")) for each in (precision, "bf16"))
-    assert run.communication_s == pytest.approx(times * bf16.communication_s)
-    assert run.forward_s == bf16.forward_s
+@pytest.mark.parametrize(
+    ("chunks", "room"), [(1, 1), (1, 2), (1, 3), (1, 5), (2, 2), (2, 3), (2, 6)]
+)
+def test_a_run_holds_at_most_its_max_activations(chunks: int, room: int) -> None:
+    """And with more of them it would hold more."""
+    plan = run_plan(searched(f"parallel.max_activations={room}", chunks=chunks), 8)
+    assert max(peak_activations(plan)) == room
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_run_that_says_nothing_holds_what_1f1b_does(chunks: int) -> None:
+    plan = run_plan(searched(chunks=chunks), 8)
+    assert max(peak_activations(plan)) == 2 * chunks
+    assert plan == run_plan(searched(f"parallel.max_activations={2 * chunks}", chunks=chunks), 8)
+
+
+def test_a_run_is_searched_for_its_own_costs() -> None:
+    config = searched("parallel.layers_per_chunk=[1,3]")
+    place = config.parallel.placement
+    own, equal = (
+        build_plan("search", place, 6, costs=costs, max_activations=2)
+        for costs in (run_costs(config), Costs.equal(place, 1.0, 1.0, 1.0))
+    )
+    assert run_plan(config, 6) == own != equal

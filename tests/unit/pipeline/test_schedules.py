@@ -19,6 +19,7 @@ from dsv2_train.pipeline.plans import Kind, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_forward_plan, build_plan
 from dsv2_train.pipeline.simulate import peak_activations, simulate
+from tests.unit.pipeline.compared import runs_as_simulated
 from tests.unit.pipeline.drawn import FIXED, bubble_of, costs, fixed_plans, placement, v2_costs
 
 duration = st.floats(0.01, 10.0)
@@ -154,7 +155,7 @@ def test_every_schedule_runs_every_layout(data: st.DataObject, plan: Plan, ahead
 def test_every_schedule_runs_the_largest_layout(schedule: str) -> None:
     v = {"1f1b": 1, "zb_h1": 1, "zb_v": 2}.get(schedule, 4)
     plan = fixed.build(schedule, placement(schedule, 32, v), 128)
-    assert 0 < simulate(plan, v2_costs(plan.placement)).bubble < 0.2
+    assert 0 < runs_as_simulated(plan, v2_costs(plan.placement), 4).bubble < 0.2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from dsv2_train.pipeline.plans import Kind, Op, Plan
 from dsv2_train.pipeline.schedules import fixed
 from dsv2_train.pipeline.schedules.build import build_forward_plan
 from dsv2_train.pipeline.simulate import PlanError, peak_activations, simulate, validate
-from tests.unit.pipeline.drawn import costs, fixed_plans, v2_costs
+from tests.unit.pipeline.compared import runs_as_simulated
+from tests.unit.pipeline.drawn import FIXED, costs, fixed_plans, v2_costs
 from tests.unit.pipeline.events import World
 
 ZB = fixed.build("zb_h1", Placement(4, 1, "loop"), 6)
@@ -30,19 +31,15 @@ def swapped(plan: Plan, stage: int, one: Op, other: Op) -> Plan:
     return with_ops(plan, stage, ops)
 
 
-@settings(max_examples=40)
-@given(data=st.data(), plan=fixed_plans(), ahead=st.integers(1, 5))
+@pytest.mark.parametrize("schedule", FIXED)
+@settings(max_examples=10)
+@given(data=st.data(), ahead=st.integers(1, 5))
 def test_the_times_are_those_of_an_event_simulation(
-    data: st.DataObject, plan: Plan, ahead: int
+    schedule: str, data: st.DataObject, ahead: int
 ) -> None:
-    drawn = data.draw(costs(plan.placement))
-    world = World(plan, drawn, ahead)
-    assert world.run()
-    found = simulate(plan, drawn, with_messages(plan, ahead))
-    stages = zip(found.starts_s, found.ends_s, strict=True)
-    # The same sums and maxima in the same order: equal to the bit.
-    assert [list(zip(*spans, strict=True)) for spans in stages] == world.spans
-    assert found.step_s == max(spans[-1][1] for spans in world.spans)
+    """Up to 32 stages, 128 microbatches and 4 chunks."""
+    plan = data.draw(fixed_plans(schedules=[schedule]))
+    runs_as_simulated(plan, data.draw(costs(plan.placement)), ahead)
 
 
 def test_activations_are_held_from_f_to_w() -> None:

@@ -86,13 +86,13 @@ def test_the_first_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sum(event["ph"] == "X" for event in spans) == 4 * 4 * 2
 
 
-def test_the_first_step_of_a_ramp_is_drawn(
+def test_of_a_batch_that_ramps_the_first_step_is_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """2304 samples on 128 pipelines, on the way to 9216."""
-    line = ["plan", "experiment=dsv2_236b_pretrain", "parallel.world_size=2048"]
-    assert main([*line, "--draw", str(tmp_path)]) == 0
-    assert f"zb_v, {2304 // 128} microbatches" in capsys.readouterr().out
+    layout = ("parallel.pp=4", "parallel.ep=1", "parallel.schedule=1f1b")
+    ramp = "+recipe.batch_ramp={start_batch_size:4,ramp_tokens:4096,multiple_of:4}"
+    assert main(["plan", "experiment=quickstart", *layout, ramp, "--draw", str(tmp_path)]) == 0
+    assert "1f1b, 2 microbatches" in capsys.readouterr().out
 
 
 def test_a_file_is_no_folder_to_draw_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
