@@ -56,7 +56,7 @@ def _alerts(
     world: World, folder: Path, data: Path, layout: str, oddity: Oddity | None
 ) -> tuple[list[str], RunConfig]:
     config = run_config(
-        folder, data, "parallel.world_size=4", *LAYOUTS[layout], *RULE, "recipe.num_steps=7"
+        folder, data, "parallel.world_size=4", *LAYOUTS[layout], *RULE, "recipe.num_steps=9"
     )
     return world.run(_train, 4, config, oddity)[0], config
 
@@ -75,13 +75,14 @@ def test_the_slow_rank_and_its_part_are_told_once(
     world: World, tmp_path: Path, data: Path, layout: str, oddity: Oddity, part: str
 ) -> None:
     alerts, config = _alerts(world, tmp_path, data, layout, oddity)
-    # Measured: steps 2, 4 and 6; the second time is enough.
+    # Measured: steps 2, 4, 6 and 8; the second time in a row is enough.
     [told] = alerts
-    assert re.match(rf"step 4: rank 2 \(\S+\) is slow: {part} takes ", told)
+    found = re.match(rf"step ([468]): rank 2 \(\S+\) is slow: {part} takes ", told)
+    assert found is not None, told
     rows = {row["step"]: row for row in read_rows(config.run.folder / "metrics.jsonl")}
     key = f"perf/{part}_max_over_median"
-    assert [step for step, row in rows.items() if key in row] == [2, 4, 6]
-    assert rows[4][key] > 3
+    assert [step for step, row in rows.items() if key in row] == [2, 4, 6, 8]
+    assert rows[int(found[1])][key] > 3
 
 
 def test_nobody_is_named_where_all_are_alike(world: World, tmp_path: Path, data: Path) -> None:

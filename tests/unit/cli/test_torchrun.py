@@ -68,6 +68,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_interrupts,
         )
         started.append(process)
         return process
@@ -80,6 +81,11 @@ def launch(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
             os.kill(int(file.read_text()), signal.SIGKILL)
     for process in started:
         process.communicate()
+
+
+def _heed_interrupts() -> None:
+    """A shell starts what is in its background with SIGINT ignored, and tests may be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def eventually(condition: Callable[[], bool]) -> None:
