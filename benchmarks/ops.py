@@ -89,6 +89,7 @@ def _forward_backward(function: Function, inputs: list[Tensor]) -> Callable[[], 
     def call() -> None:
         weights = [tensor for tensor in inputs if hasattr(tensor, "main_grad")]
         for weight in weights:
+            # megatron-core marks weights by attributes that torch knows nothing of.
             weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         out = function(*inputs)
         out.backward(torch.ones_like(out))
@@ -107,5 +108,6 @@ def _random(*shape: int) -> Tensor:
 
 def _weight(*shape: int) -> Tensor:
     weight = _random(*shape)
+    # As megatron-core's data-parallel wrapper gives it to a weight.
     weight.main_grad = torch.zeros(shape)  # type: ignore[attr-defined]
     return weight

@@ -80,6 +80,7 @@ class SleepingChunk(nn.Module):
         self.model_type = ModelType.encoder_or_decoder
         self.received: Tensor | None = None
         self.weight = nn.Parameter(torch.zeros(1))
+        # As megatron-core's data-parallel wrapper gives them to a weight.
         self.weight.main_grad = torch.zeros(1)  # type: ignore[attr-defined]
         self.weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         self._stage, self._chunk = stage, chunk

@@ -55,7 +55,7 @@ class Counter(TorchDispatchMode):
         elif name == "barrier":
             return
         else:
-            raise NotImplementedError(f"c10d.{name} is not counted")
+            raise ValueError(f"c10d.{name}: found a collective whose bytes are not counted here")
         if output.dim() == 2 and output.size(-1) == self._hidden_size:
             self.received += Received(rows=num_bytes)
         else:

@@ -7,13 +7,14 @@ from pathlib import Path
 from torch import distributed as dist
 
 from dsv2_train.checkpoint.async_save import AsyncSave, Finished
+from dsv2_train.checkpoint.disk import layout
 from dsv2_train.checkpoint.disk.errors import CheckpointError, SaveError
 from dsv2_train.checkpoint.disk.retention import KEEP_ALL, Retention
 from dsv2_train.checkpoint.disk.state import TrainState
 from dsv2_train.checkpoint.init_weights import init_weights
 from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.checkpoint.restore import restore_newest
-from dsv2_train.checkpoint.save import open_temporary, save_blocking
+from dsv2_train.checkpoint.save import Checkpoint, open_temporary, save_blocking
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.distributed.sharding import Piece
 
@@ -95,15 +96,10 @@ class CheckpointManager:
         """
         self.wait()
         with self._attempt(state.step):
-            path = save_blocking(
-                self._ranks,
-                self.folder,
-                state,
-                pieces,
-                config_yaml,
-                self._retention,
-                self._fence,
-            )
+            checkpoint = self._open(state, pieces, config_yaml)
+            path = layout.step_folder(self.folder, state.step)
+            if checkpoint is not None:
+                path = save_blocking(self._ranks, checkpoint, pieces)
         self.will_retry = False
         return path
 
@@ -129,15 +125,7 @@ class CheckpointManager:
             return
         self.wait()
         with self._attempt(state.step):
-            checkpoint = open_temporary(
-                self._ranks,
-                self.folder,
-                state,
-                pieces,
-                config_yaml,
-                self._retention,
-                self._fence,
-            )
+            checkpoint = self._open(state, pieces, config_yaml)
         if checkpoint is not None:
             staged = self._staging.copy(pieces)
             self._under_way = AsyncSave(self._ranks, checkpoint, staged)
@@ -170,6 +158,13 @@ class CheckpointManager:
         else:
             self.will_retry = False
         return finished
+
+    def _open(
+        self, state: TrainState, pieces: Sequence[Piece], config_yaml: str
+    ) -> Checkpoint | None:
+        return open_temporary(
+            self._ranks, self.folder, state, pieces, config_yaml, self._retention, self._fence
+        )
 
     @contextmanager
     def _attempt(self, step: int) -> Iterator[None]:

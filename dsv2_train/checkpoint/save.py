@@ -1,8 +1,8 @@
 """Write a run's state so that it is there entirely or not at all.
 
 A save is, in this order: `open_temporary` on all ranks, `write` on each, `commit` on the first; or
-`discard`, when any of it fails. `save_blocking` does it at once, `async_save` while training goes
-on.
+`discard`, when any of it fails. `save_blocking` does the rest at once, `async_save` while training
+goes on.
 """
 
 import shutil
@@ -51,36 +51,20 @@ class Written:
     places: list[tuple[Range, WrittenPiece]]
 
 
-def save_blocking(
-    ranks: RankGroup,
-    folder: Path,
-    state: TrainState,
-    pieces: Sequence[Piece],
-    config_yaml: str,
-    retention: Retention,
-    fence: Callable[[], None],
-) -> Path:
-    """Write a checkpoint; see `CheckpointManager.save`.
+def save_blocking(ranks: RankGroup, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Path:
+    """Write a checkpoint that is open; see `CheckpointManager.save`.
 
     Args:
         ranks: all ranks of the run.
-        folder: the run's checkpoint folder.
-        state: the clock, equal on all ranks.
+        checkpoint: from `open_temporary`.
         pieces: what this rank owns.
-        config_yaml: the resolved config.
-        retention: which checkpoints are kept when this one is complete.
-        fence: raises where this run may no longer write; asked on the first rank.
 
     Raises:
-        CheckpointError: on every rank, when pieces leave a gap or overlap, and when a file cannot
-            be written.
+        CheckpointError: on every rank, when a file cannot be written.
 
     Note:
         Collective over all ranks.
     """
-    checkpoint = open_temporary(ranks, folder, state, pieces, config_yaml, retention, fence)
-    if checkpoint is None:
-        return layout.step_folder(folder, state.step)
     try:
         return ranks.gather_then_broadcast(
             lambda: write(checkpoint, ranks.rank, pieces),
@@ -104,6 +88,15 @@ def open_temporary(
 
     First is removed what a save or a removal that was killed left behind, and what is no longer
     kept: on a full disk, a smaller retention makes room.
+
+    Args:
+        ranks: all ranks of the run.
+        folder: the run's checkpoint folder.
+        state: the clock, equal on all ranks.
+        pieces: what this rank owns.
+        config_yaml: the resolved config.
+        retention: which checkpoints are kept when this one is complete.
+        fence: raises where this run may no longer write; asked on the first rank.
 
     Raises:
         CheckpointError: on every rank, when pieces leave a gap or overlap, or there is no folder.

@@ -45,6 +45,7 @@ class Piece:
 
 def tag(parameter: torch.nn.Parameter, whole: GlobalTensor) -> None:
     """Remember on a parameter which part of the model it is."""
+    # An attribute goes where the parameter goes, through wrappers and buffers.
     parameter.global_tensor = whole  # type: ignore[attr-defined]
 
 

@@ -53,6 +53,7 @@ class DeferredGradients:
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self._pending: list[Deferred] | None = None
         for weight in weights:
+            # On the weight, since its op has nothing else at hand in the backward pass.
             weight.deferred_gradients = self  # type: ignore[attr-defined]
 
     @contextmanager
@@ -141,5 +142,6 @@ def mark_added(weight: Tensor) -> Tensor:
         touched.
     """
     assert not getattr(weight, "zero_out_wgrad", False), "embedding and head are not tied here"
+    # megatron-core's mark, which its hook reads.
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.empty_like(weight)

@@ -56,6 +56,7 @@ class FusedAdamW(torch.optim.Optimizer):
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
 
+    # torch's takes a closure that computes gradients anew: here they are given.
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Update every parameter from its `.grad`; its moments are in `state` already."""

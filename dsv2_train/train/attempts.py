@@ -11,6 +11,7 @@ from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.config.run import RunConfig
 from dsv2_train.runs import attempts
 from dsv2_train.runs.attempts import SERIES, CrashLoopError, Start
+from dsv2_train.runs.ownership import ATTEMPT, Fence
 from dsv2_train.train.run import Run
 
 
@@ -36,10 +37,12 @@ def begin_again(config: RunConfig) -> None:
     One rank of the first node does; of a first start the launcher did. No communication.
 
     Raises:
+        FencedError: on that rank, if another attempt has taken the run over.
         CrashLoopError: on that rank, if as many starts as `cluster.crash_loop` got nowhere.
     """
     series, restart = os.environ.get(SERIES), _restart()
     if series is not None and restart > 0 and os.environ["LOCAL_RANK"] == "0":
+        Fence(config.run.folder, os.environ.get(ATTEMPT)).check()
         attempts.begin(config.run.folder, Start(series, restart), config.cluster.crash_loop)
 
 

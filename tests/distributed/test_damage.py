@@ -308,6 +308,7 @@ def _train(rank: int, config: RunConfig, stop_at: int | None) -> list[Owned]:
         patch.setattr(Monitor, "alert", lambda _, title, text: told.write_text(text))
         run = open_run(rank, config)
     if stop_at is not None:
+        # The run is the test's and ends with it: nothing has to be put back.
         run.signals.agreed = lambda *_: run.clock.step >= stop_at  # type: ignore[method-assign]
     train(run)
     state = owned(run)

@@ -239,6 +239,7 @@ def train(
     run = open_run(rank, config)
     alerts: list[str] = []
     if run.monitor is not None:
+        # The run is the test's and ends with it: nothing has to be put back.
         run.monitor.alert = lambda _, text: alerts.append(text)  # type: ignore[method-assign]
     with work_behind() as given, ExitStack() as faults:
 

@@ -70,6 +70,7 @@ def _train(rank: int, config: RunConfig, fault: Fault) -> Ended:
     run = open_run(rank, config)
     alerts: list[str] = []
     if run.monitor is not None:
+        # The run is the test's and ends with it: nothing has to be put back.
         run.monitor.alert = lambda _, text: alerts.append(text)  # type: ignore[method-assign]
     poison(run, fault.samples, fault.kind)
     omit_update(run, fault.omitted)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dsv2_train.cli.launch.place import Place
 from dsv2_train.cli.launch.torchrun import Outcome, run_ranks
+from dsv2_train.cli.main import EXIT_CONFIG_ERROR
 from dsv2_train.cli.run_folder.launch import Launch, unwritable
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.runs.attempts import SERIES, Start, begin, record
@@ -47,7 +48,8 @@ def start(launch: Launch, place: Place, log_dir: Path, jobs: tuple[str, ...] = (
         launch.write_config()
         print(launch.describe(), flush=True)
         outcome = run({ATTEMPT: attempt.attempt, SERIES: this_start.series})
-        if outcome.was_stopped:  # maybe before the ranks had begun
+        if outcome.was_stopped and outcome.status != EXIT_CONFIG_ERROR:
+            # Maybe before the ranks had begun; one that was fenced writes nothing.
             record(launch.folder, replace(this_start, ended_well=True))
         return outcome
 

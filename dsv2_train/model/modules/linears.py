@@ -88,6 +88,7 @@ class WeightGradStore:
             operands: the linear's input and its output's gradient, quantized where it computes so.
             add: takes them; adds the gradient to the weight's `main_grad`.
         """
+        # Set by `DeferredGradients`.
         deferred: DeferredGradients = self._weight.deferred_gradients  # type: ignore[attr-defined]
         deferred.put_off(Deferred(self._weight, lambda: add(*operands)))
 
