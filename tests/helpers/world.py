@@ -31,6 +31,10 @@ class World:
     def __init__(self, warning_filters: list[str]) -> None:
         self._warning_filters = warning_filters
         self._workers: list[tuple[BaseProcess, Connection]] = []
+        # Kept as long as the processes: a rank that lets go of its store while the file is being
+        # removed dies (torch looks whether it is there, then opens it).
+        self._stores: tempfile.TemporaryDirectory[str] | None = None
+        self._num_runs = 0
 
     def run(
         self, function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
@@ -51,14 +55,15 @@ class World:
             TimeoutError: when a rank does not come back.
         """
         assert 1 <= world_size <= MAX_WORLD_SIZE, world_size
-        if not self._workers:
-            self._start()
+        if self._stores is None:
+            self._stores = self._start()
         deadline_s = time.monotonic() + timeout_s
-        with tempfile.TemporaryDirectory(prefix="world-") as folder:
-            for rank in range(world_size):
-                task = (function, rank, world_size, f"{folder}/store", timeout_s, args)
-                self._workers[rank][1].send_bytes(pickle.dumps(task))
-            return self._collect(world_size, deadline_s)
+        store = f"{self._stores.name}/{self._num_runs}"
+        self._num_runs += 1
+        for rank in range(world_size):
+            task = (function, rank, world_size, store, timeout_s, args)
+            self._workers[rank][1].send_bytes(pickle.dumps(task))
+        return self._collect(world_size, deadline_s)
 
     def close(self) -> None:
         """End the processes."""
@@ -67,8 +72,11 @@ class World:
             process.kill()
             process.join()
         self._workers = []
+        if self._stores is not None:
+            self._stores.cleanup()
+            self._stores = None
 
-    def _start(self) -> None:
+    def _start(self) -> tempfile.TemporaryDirectory[str]:
         context = preloaded_context()
         for _ in range(MAX_WORLD_SIZE):
             ours, theirs = context.Pipe()
@@ -81,6 +89,7 @@ class World:
         for _, connection in self._workers:
             assert connection.poll(START_TIMEOUT_S), "a worker does not start"
             assert connection.recv_bytes() == READY
+        return tempfile.TemporaryDirectory(prefix="world-")
 
     def _collect(self, world_size: int, deadline_s: float) -> list[Any]:
         results: dict[int, Any] = {}
