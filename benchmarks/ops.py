@@ -13,8 +13,8 @@ from torch.nn import functional
 from benchmarks.timing import Ratio, alternate, ratio
 from dsv2_train.ops.attention import causal_attention
 from dsv2_train.ops.cross_entropy import linear_cross_entropy
-from dsv2_train.ops.grouped_experts import grouped_experts
-from dsv2_train.ops.permute import permute, row_plan, unpermute
+from dsv2_train.ops.moe.grouped_experts import grouped_experts
+from dsv2_train.ops.moe.permute import permute, row_plan, unpermute
 from dsv2_train.ops.rms_norm import rms_norm
 
 Function = Callable[..., Tensor]

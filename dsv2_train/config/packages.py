@@ -28,4 +28,5 @@ PACKAGES = {
     "apex": Package("apex", "it comes with NVIDIA's PyTorch image"),
     "deepspeed_cpu": Package("deepspeed", "install the extra offload"),
     "deepep": Package("deep_ep", "build DeepEP from its repository"),
+    "kernel": Package("dsv2_kernels", "`make kernels` builds it"),
 }

@@ -8,6 +8,7 @@ import torch
 from dsv2_train.config.packages import PACKAGES
 from dsv2_train.config.problems import ConfigError, Problem
 from dsv2_train.config.sections.parallel import ParallelConfig
+from dsv2_train.ops.kernels import why_no_kernels
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,16 @@ def _experts(
     return Choice(op, "loop", "fastest on a CPU and flat in the number of experts")
 
 
+def _torch_or_kernel(
+    op: str, asked: str, parallel: ParallelConfig, device: torch.device
+) -> Choice | Problem:
+    if asked == "auto":
+        return Choice(op, "torch", "no kernel of ours was measured on a GPU yet")
+    if asked == "kernel" and (missing := why_no_kernels(device)):
+        return Problem(f"parallel.{op}", asked, f"not possible here: {missing}")
+    return Choice(op, asked, "asked for")
+
+
 def _why_no_deepep(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "no CUDA device"
@@ -107,5 +118,6 @@ _RULES: dict[str, Resolve] = {
     "norm": _torch_or_te("torch"),
     "attention": _attention,
     "experts": _experts,
+    "activation": _torch_or_kernel,
     "dispatcher": _dispatcher,
 }

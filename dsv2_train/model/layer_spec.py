@@ -62,6 +62,7 @@ class _Classes:
         self.norm: Any = RMSNorm
         self.attention: Any = LatentAttention
         self.core_attention: Any = NoCoreAttention
+        self.activation = choices["activation"].implementation
         if not any(choice.implementation == "transformer_engine" for choice in choices.values()):
             return
         # Optional package: importable only where transformer-engine is installed.
@@ -118,7 +119,11 @@ def _mlp_submodules(classes: _Classes) -> MLPSubmodules:
 def _dense_mlp(model: ModelConfig, classes: _Classes, groups: ProcessGroupCollection) -> ModuleSpec:
     return ModuleSpec(
         module=GatedMLP,
-        params={"ffn_hidden_size": model.intermediate_size, "tp_group": groups.tp},
+        params={
+            "ffn_hidden_size": model.intermediate_size,
+            "tp_group": groups.tp,
+            "activation": classes.activation,
+        },
         submodules=_mlp_submodules(classes),
     )
 
@@ -126,13 +131,16 @@ def _dense_mlp(model: ModelConfig, classes: _Classes, groups: ProcessGroupCollec
 def _mixture(
     classes: _Classes, choices: dict[str, Choice], groups: ProcessGroupCollection
 ) -> ModuleSpec:
-    implementation = {"implementation": choices["experts"].implementation}
+    activation = {"activation": classes.activation}
+    routed = {"implementation": choices["experts"].implementation, **activation}
     return ModuleSpec(
         module=MixtureOfExperts,
         params={"pg_collection": groups, "dispatcher": choices["dispatcher"].implementation},
         submodules=MoESubmodules(
             router=DeviceLimitedRouter,
-            experts=ModuleSpec(module=GroupedExperts, params=implementation),
-            shared_experts=ModuleSpec(module=SharedExperts, submodules=_mlp_submodules(classes)),
+            experts=ModuleSpec(module=GroupedExperts, params=routed),
+            shared_experts=ModuleSpec(
+                module=SharedExperts, params=activation, submodules=_mlp_submodules(classes)
+            ),
         ),
     )

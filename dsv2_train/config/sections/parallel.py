@@ -8,6 +8,7 @@ from dsv2_train.config.placement import Placement
 from dsv2_train.config.schedules import Schedule, placement_shape
 from dsv2_train.config.section import Section
 
+TorchOrKernel = Literal["auto", "torch", "kernel"]
 Recomputed = Literal["moe", "mla_up_projection"]
 LayersPerChunk = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 
@@ -19,6 +20,8 @@ class ParallelConfig(Section):
     `layers_per_chunk` are those of all pieces in the order of the model, if not the same number
     each. `max_activations` bounds the chunk activations that a stage holds where `schedule=search`;
     pp chunks if not given, what 1F1B holds.
+    `activation` is that of the experts and of the other feed-forward parts. `kernel` is the
+    project's own CUDA kernel, which `auto` does not pick: none was measured on a GPU yet.
     `dispatcher` exchanges tokens between expert ranks; with `overlap_shared_experts` the shared
     experts compute meanwhile. `recompute` names what the backward pass computes again instead of
     keeping it: `moe` all of a mixture of experts behind its routing, exchange included;
@@ -41,6 +44,7 @@ class ParallelConfig(Section):
     norm: Literal["auto", "torch", "te"] = "auto"
     attention: Literal["auto", "sdpa", "te"] = "auto"
     experts: Literal["auto", "loop", "grouped_mm"] = "auto"
+    activation: TorchOrKernel = "auto"
     dispatcher: Literal["device_dedup", "megatron_alltoall", "deepep"] = "device_dedup"
     overlap_shared_experts: bool = True
     recompute: Annotated[tuple[Recomputed, ...], Field(strict=False)] = ()

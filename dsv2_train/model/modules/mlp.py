@@ -1,14 +1,21 @@
 """Gated feed-forward parts in megatron-core's slots for them."""
 
+from typing import Any
+
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
+from dsv2_train.ops.kernels import TorchOrKernel
 from dsv2_train.ops.swiglu import swiglu
 
 
 class GatedMLP(MLP):
     """The dense feed-forward part: W_down (silu(W_gate x) * (W_up x))."""
+
+    def __init__(self, *arguments: Any, activation: TorchOrKernel, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.activation_implementation = activation
 
     def forward(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None
@@ -20,6 +27,10 @@ class GatedMLP(MLP):
 
 class SharedExperts(SharedExpertMLP):
     """The shared experts of a layer, run as one gated feed-forward part without a gate value."""
+
+    def __init__(self, *arguments: Any, activation: TorchOrKernel, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.activation_implementation = activation
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[s, b, hidden_size] -> the same."""
@@ -34,8 +45,8 @@ class SharedExperts(SharedExpertMLP):
         return _output(self, activation)
 
 
-def _activation(mlp: MLP, hidden_states: Tensor) -> Tensor:
-    return swiglu(mlp.linear_fc1(hidden_states)[0])
+def _activation(mlp: GatedMLP | SharedExperts, hidden_states: Tensor) -> Tensor:
+    return swiglu(mlp.linear_fc1(hidden_states)[0], mlp.activation_implementation)
 
 
 def _output(mlp: MLP, activation: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv2_train.distributed import activity
 from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.exchange import Exchange
-from dsv2_train.ops.permute import RowPlan, gather_gates, permute, row_plan, unpermute
+from dsv2_train.ops.moe.permute import RowPlan, gather_gates, permute, row_plan, unpermute
 
 # Marks an expert that a copy is not for; gate values are never negative.
 _NOT_SELECTED = -1.0

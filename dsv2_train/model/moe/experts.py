@@ -5,7 +5,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from dsv2_train.model.transformer_config import DeepSeekV2TransformerConfig
-from dsv2_train.ops.grouped_experts import Implementation, grouped_experts
+from dsv2_train.ops.kernels import TorchOrKernel
+from dsv2_train.ops.moe.grouped_experts import Implementation, grouped_experts
 
 
 class GroupedExperts(nn.Module):
@@ -23,12 +24,14 @@ class GroupedExperts(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         implementation: Implementation,
+        activation: TorchOrKernel,
     ) -> None:
         super().__init__()
         width, hidden = config.moe_ffn_hidden_size, config.hidden_size
         self.fc1 = _stacked(num_local_experts, 2 * width, hidden, config)
         self.fc2 = _stacked(num_local_experts, hidden, width, config)
         self.implementation = implementation
+        self.activation = activation
 
     def forward(
         self, rows: Tensor, tokens_per_expert: Tensor, gates: Tensor
@@ -44,7 +47,13 @@ class GroupedExperts(nn.Module):
             [T, hidden_size] and no bias.
         """
         output = grouped_experts(
-            rows, tokens_per_expert, self.fc1, self.fc2, gates, implementation=self.implementation
+            rows,
+            tokens_per_expert,
+            self.fc1,
+            self.fc2,
+            gates,
+            implementation=self.implementation,
+            activation=self.activation,
         )
         return output, None
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dsv2_train.ops.cross_entropy import linear_cross_entropy
-from dsv2_train.ops.grouped_experts import grouped_experts
 from dsv2_train.ops.linear import embedding, linear
 from dsv2_train.ops.main_grad import DeferredGradients
+from dsv2_train.ops.moe.grouped_experts import grouped_experts
 
 Case = tuple[list[Tensor], Callable[[], Tensor], Tensor]
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv2_train.ops.grouped_experts import Implementation, grouped_experts
+from dsv2_train.ops.moe.grouped_experts import Implementation, grouped_experts
 
 HIDDEN, INTERMEDIATE = 8, 4
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("loop", "grouped_mm")

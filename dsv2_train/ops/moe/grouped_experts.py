@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dsv2_train.ops.kernels import TorchOrKernel
 from dsv2_train.ops.main_grad import add_gradient
-from dsv2_train.ops.swiglu import swiglu_gradient
+from dsv2_train.ops.swiglu import GatedActivation, gated_activation
 
 Implementation = Literal["loop", "grouped_mm"]
 
@@ -26,6 +27,7 @@ def grouped_experts(
     gate_values: Tensor,
     *,
     implementation: Implementation,
+    activation: TorchOrKernel = "torch",
 ) -> Tensor:
     """Run each row through its expert, times its gate value (DeepSeek-V2, equations 20 and 21).
 
@@ -39,6 +41,7 @@ def grouped_experts(
         implementation: `loop` multiplies expert by expert into one buffer: any device and dtype,
             fastest on CPU. `grouped_mm` is torch's grouped kernel: one launch, no host sync, CUDA
             bf16.
+        activation: which code computes silu(g) * u * gate; `kernel` wants fp32 gate values.
 
     Returns:
         [T, h] in the dtype of `x`.
@@ -50,7 +53,9 @@ def grouped_experts(
     """
     assert x.size(-1) == fc1.size(-1) == fc2.size(-2) and fc1.size(-2) == 2 * fc2.size(-1)
     products = _Loop(tokens_per_expert) if implementation == "loop" else _Grouped(tokens_per_expert)
-    y: Tensor = _GroupedExperts.apply(x, fc1, fc2, gate_values.unsqueeze(-1), products)
+    y: Tensor = _GroupedExperts.apply(
+        x, fc1, fc2, gate_values, products, gated_activation(activation)
+    )
     return y
 
 
@@ -113,32 +118,30 @@ class _Grouped:
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, fc1: Tensor, fc2: Tensor, gates: Tensor, products: _Loop | _Grouped
+        ctx: Any,
+        x: Tensor,
+        fc1: Tensor,
+        fc2: Tensor,
+        gates: Tensor,
+        products: _Loop | _Grouped,
+        activation: GatedActivation,
     ) -> Tensor:
         projected = products.rows_times(x, fc1.mT)
-        gate, up = projected.chunk(2, dim=-1)
-        activation = torch.nn.functional.silu(gate).mul_(up).mul_(gates)
         ctx.save_for_backward(x, gates, projected)
-        ctx.weights, ctx.products = (fc1, fc2), products
-        return products.rows_times(activation, fc2.mT)
+        ctx.weights, ctx.products, ctx.activation = (fc1, fc2), products, activation
+        return products.rows_times(activation.forward(projected, gates), fc2.mT)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, gates, projected = ctx.saved_tensors
         (fc1, fc2), products = ctx.weights, ctx.products
         grad_y = grad_y.contiguous()
-        gate, up = projected.chunk(2, dim=-1)
-        silu = torch.nn.functional.silu(gate)
-        activation = silu * up
-
-        grad_activation = products.rows_times(grad_y, fc2)
-        grad_gates = (grad_activation * activation).sum(dim=-1, keepdim=True, dtype=gates.dtype)
-        gated = activation.mul_(gates)
+        grad_projected, grad_gates, gated = ctx.activation.backward(
+            products.rows_times(grad_y, fc2), projected, gates
+        )
         grad_fc2 = add_gradient(fc2, lambda gradient: products.add_outer(gradient, grad_y, gated))
-
-        grad_projected = swiglu_gradient(grad_activation.mul_(gates), projected, silu)
         grad_fc1 = add_gradient(
             fc1, lambda gradient: products.add_outer(gradient, grad_projected, x)
         )
         grad_x = products.rows_times(grad_projected, fc1)
-        return grad_x, grad_fc1, grad_fc2, grad_gates, None
+        return grad_x, grad_fc1, grad_fc2, grad_gates, None, None

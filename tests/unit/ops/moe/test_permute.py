@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2_train.ops.permute import gather_gates, permute, row_plan, unpermute
+from dsv2_train.ops.moe.permute import gather_gates, permute, row_plan, unpermute
 
 
 @settings(max_examples=40)

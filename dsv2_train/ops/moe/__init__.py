@@ -1,0 +1,1 @@
+"""What a mixture of experts computes between routing and output."""

@@ -1,0 +1,134 @@
+// CUDA's language and the part of its library that the kernels use, as host C++.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+#define threadIdx emulation::thread_index()
+#define blockIdx emulation::block_index()
+#define blockDim emulation::block_size()
+#define gridDim emulation::grid_size()
+
+#define EMULATION_SITE (emulation::Site{__FILE__, __LINE__})
+#define __syncthreads() emulation::wait_for_block(EMULATION_SITE)
+#define __syncwarp(...) emulation::wait_for_warp(0xffffffffu, EMULATION_SITE)
+#define __shfl_sync(mask, value, source) emulation::shuffle(mask, value, source, EMULATION_SITE)
+#define __shfl_xor_sync(mask, value, bits) \
+  emulation::shuffle(mask, value, emulation::lane() ^ (bits), EMULATION_SITE)
+#define __shfl_down_sync(mask, value, delta) \
+  emulation::shuffle(mask, value, emulation::lane() + (delta), EMULATION_SITE)
+#define __shfl_up_sync(mask, value, delta) \
+  emulation::shuffle(mask, value, emulation::lane() - (delta), EMULATION_SITE)
+#define __ballot_sync(mask, predicate) emulation::ballot(mask, predicate, EMULATION_SITE)
+#define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
+#define __all_sync(mask, predicate) (__ballot_sync(mask, !(predicate)) == 0)
+
+#define SHARED_ARRAY(type, name, count)                                          \
+  static const char name##_key = 0;                                              \
+  type* const name = static_cast<type*>(                                         \
+      emulation::shared_memory(&name##_key, sizeof(type) * size_t(count)))
+
+#define LAUNCH(kernel, blocks, threads, stream, ...) \
+  ((void)(stream), emulation::run_grid(dim3(blocks), dim3(threads), [=] { kernel(__VA_ARGS__); }))
+
+#define CHECK_DEVICE(condition, what) \
+  do {                                \
+    if (!(condition)) emulation::fail(what, EMULATION_SITE); \
+  } while (false)
+
+struct dim3 : emulation::Index {
+  dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : emulation::Index{x_, y_, z_} {}
+};
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+using __half = _Float16;
+
+inline float __bfloat162float(__nv_bfloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// To the nearest, ties to even, as the hardware.
+inline __nv_bfloat16 __float2bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (std::isnan(value)) return {uint16_t(0x7fff)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline float __half2float(__half value) { return value; }
+inline __half __float2half(float value) { return __half(value); }
+
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(unsigned(value)); }
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline void __threadfence() {}
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  static_assert(std::is_integral_v<T>, "sums of floats by atomics depend on their order");
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
+
+namespace emulation {
+
+// A lane outside the warp, or not in the mask, gives a lane its own value, as the hardware.
+template <typename T>
+T shuffle(uint32_t mask, T value, unsigned source, Site site) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  const Lanes lanes = exchange(mask, bits, site);
+  if (source >= 32) return value;
+  if (!(mask >> source & 1)) fail("a lane reads from a lane outside the mask", site);
+  std::memcpy(&value, &lanes.values[source], sizeof value);
+  return value;
+}
+
+inline uint32_t ballot(uint32_t mask, bool predicate, Site site) {
+  const Lanes lanes = exchange(mask, predicate, site);
+  uint32_t votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1 && lanes.values[lane]) votes |= 1u << lane;
+  }
+  return votes;
+}
+
+template <typename Body>
+int run_grid(dim3 blocks, dim3 threads, Body body) {
+  return run({blocks, threads}, [](void* argument) { (*static_cast<Body*>(argument))(); }, &body);
+}
+
+}  // namespace emulation

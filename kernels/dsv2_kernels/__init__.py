@@ -1,0 +1,1 @@
+"""CUDA kernels of dsv2_train, each beside the plain torch that defines it."""

@@ -1,0 +1,1 @@
+"""The compiled side: how the kernels are built, found and launched."""

@@ -1,0 +1,218 @@
+"""Compiles the kernels: by nvcc for GPUs, or by a host compiler, which runs them as fibers.
+
+python -m dsv2_kernels.native.build cuda        # what `make kernels` does
+python -m dsv2_kernels.native.build emulated
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).parents[2] / "csrc"
+BUILT = Path(__file__).parent / "built"
+
+ARCHITECTURES = ("80", "90a")
+SANITIZERS = {
+    "none": (),
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "thread": ("-fsanitize=thread",),
+}
+
+
+class BuildError(RuntimeError):
+    """A compiler that is missing, or what it said."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says of one kernel on one architecture."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def source_hash(sources: Path = SOURCES) -> str:
+    """Of every file that is compiled."""
+    digest = hashlib.sha256()
+    for path in sorted(sources.rglob("*")):
+        if path.is_file():
+            digest.update(f"{path.relative_to(sources)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def build_cuda(
+    target: Path, *, architectures: Sequence[str] = ARCHITECTURES, debug: bool = False
+) -> list[Usage]:
+    """Compile for GPUs into a library, and write beside it (`.json`) what it was compiled from.
+
+    Args:
+        target: the library's path.
+        architectures: compute capabilities without the point.
+        debug: indices that kernels read are checked, at some cost.
+
+    Returns:
+        What each kernel uses.
+
+    Raises:
+        BuildError: nvcc is missing or fails, or a kernel spills registers.
+    """
+    nvcc = find_nvcc()
+    flags = ["-O3", "--std=c++17", "-Xcompiler=-fPIC", "-Xptxas=-v", "--expt-relaxed-constexpr"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    flags += ["-DDSV2_DEBUG"] if debug else []
+    said = _compile([nvcc, *flags], [], target)
+    usages = parse_usage(said)
+    spilling = [usage for usage in usages if usage.spill_bytes]
+    if spilling:
+        raise BuildError(f"kernels spill registers: {spilling}")
+    facts = {
+        "sources": source_hash(),
+        "nvcc": nvcc_version(nvcc),
+        "architectures": list(architectures),
+        "debug": debug,
+        "kernels": [vars(usage) for usage in usages],
+    }
+    target.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    return usages
+
+
+def build_emulated(target: Path, *, sanitizer: str = "none", sources: Path = SOURCES) -> None:
+    """Compile for this machine's own processor.
+
+    Args:
+        target: the library's path.
+        sanitizer: a key of `SANITIZERS`; the process that loads the library must have the
+            sanitizer's runtime loaded first (LD_PRELOAD).
+        sources: another folder than csrc, for a copy with a mistake in it.
+
+    Raises:
+        BuildError: the compiler is missing or fails.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        raise BuildError("no g++ on PATH; install it, or set CXX to a C++ compiler")
+    flags = ["-O1", "-g", "-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
+    flags += ["-Wall", "-Wno-unknown-pragmas", "-x", "c++"]
+    instrumented = [compiler, *flags, *SANITIZERS[sanitizer]]
+    fibers = [compiler, *flags, f"-DEMULATION_{sanitizer.upper()}"]
+    extra = [([*fibers], sources / "emulation" / "fibers.cpp")]
+    _compile(instrumented, extra, target, sources)
+
+
+def find_nvcc() -> str:
+    """The path of nvcc.
+
+    Raises:
+        BuildError: none is there.
+    """
+    found = shutil.which("nvcc")
+    if found is None:
+        raise BuildError(
+            "no nvcc on PATH; install the CUDA toolkit, or from PyPI, all of one release: "
+            "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime"
+        )
+    return found
+
+
+def nvcc_version(nvcc: str) -> str:
+    """For example "13.0"."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+\.\d+)", said)
+    if match is None:
+        raise BuildError(f"{nvcc} --version names no release: {said!r}")
+    return match[1]
+
+
+def parse_usage(said: str) -> list[Usage]:
+    """Read ptxas' -v output."""
+    usages = []
+    entry = re.compile(
+        r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\w+)'"
+        r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+        r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+        re.DOTALL,
+    )
+    for found in entry.finditer(said):
+        shared = re.search(r"(\d+) bytes smem", found["rest"])
+        usages.append(
+            Usage(
+                kernel=found["kernel"],
+                architecture=found["arch"],
+                registers=int(found["registers"]),
+                spill_bytes=int(found["stores"]) + int(found["loads"]),
+                shared_bytes=int(shared[1]) if shared else 0,
+            )
+        )
+    return usages
+
+
+def _compile(
+    compiler: list[str],
+    extra: list[tuple[list[str], Path]],
+    target: Path,
+    sources: Path = SOURCES,
+) -> str:
+    """Every .cu file, and others with their own compilers, into one library; what was said."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    jobs = [(compiler, path) for path in sorted(sources.rglob("*.cu"))] + extra
+    objects = [target.with_suffix(f".{path.stem}.o") for _, path in jobs]
+    commands = [
+        [*command, "-c", str(path), "-o", str(each)]
+        for (command, path), each in zip(jobs, objects, strict=True)
+    ]
+    # Unsupported flags of the language are left out of the link: its inputs are objects.
+    link = [flag for flag in compiler if flag not in ("-x", "c++")]
+    partial = target.with_suffix(".partial")
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            said = list(pool.map(_run, commands))
+        _run([*link, "-shared", *map(str, objects), "-o", str(partial)])
+        partial.replace(target)
+    finally:
+        for each in [*objects, partial]:
+            each.unlink(missing_ok=True)
+    return "\n".join(said)
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\nended with status {done.returncode}:\n{said}")
+    return said
+
+
+def main() -> int:
+    """Build what the command line names, and say where it is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=["cuda", "emulated"])
+    parser.add_argument("--debug", action="store_true", help="check the indices that kernels read")
+    arguments = parser.parse_args()
+    target = BUILT / f"{arguments.kind}.so"
+    try:
+        if arguments.kind == "cuda":
+            for usage in build_cuda(target, debug=arguments.debug):
+                sys.stdout.write(f"{usage}\n")
+        else:
+            build_emulated(target)
+    except BuildError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{target}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Plain torch, any float dtype and device: the definition of each kernel."""

@@ -1,0 +1,134 @@
+"""The gated activation of the experts.
+
+`swiglu_gate(projected, gates) -> activation`
+"""
+
+# R rows, f channels
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2_kernels.native.checks import Arguments
+from dsv2_kernels.native.library import launch
+from dsv2_kernels.native.registry import register
+from dsv2_kernels.reference import swiglu_gate as reference
+
+
+def swiglu_gate(projected: Tensor, gates: Tensor | None = None) -> Tensor:
+    """silu(g) * u * gate (DeepSeek-V2, equation 20: the gate value enters before the output).
+
+    Args:
+        projected: [R, 2f] float32, bfloat16 or float16; g first, then u. 2f elements are a
+            multiple of 32 bytes.
+        gates: [R] float32; None for ones.
+
+    Returns:
+        [R, f] in the dtype of `projected`; computed in fp32.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or address that is not supported.
+
+    Note:
+        Deterministic. Saves its inputs; the backward pass recomputes. No communication.
+    """
+    activation: Tensor = _forward(projected, gates)
+    return activation
+
+
+def swiglu_gate_backward(
+    grad_activation: Tensor, projected: Tensor, gates: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient, and the activation once more, which a weight's gradient needs.
+
+    Args:
+        grad_activation: [R, f].
+        projected: [R, 2f].
+        gates: [R] float32, or None.
+
+    Returns:
+        Gradients of `projected` and of `gates` ([R] float32; [0] without gates), and [R, f], the
+        activation.
+    """
+    gradients: tuple[Tensor, Tensor, Tensor] = _backward(grad_activation, projected, gates)
+    return gradients
+
+
+def _check(op: str, projected: Tensor, gates: Tensor | None) -> Arguments:
+    arguments = Arguments(op)
+    arguments.tensor("projected", projected, [None, None])
+    arguments.that(projected.size(1) % 2 == 0, "projected", projected.size(1), "even widths")
+    arguments.vectors("width", projected.size(1) // 2, projected.dtype)
+    if gates is not None:
+        shape = [projected.size(0)]
+        arguments.tensor("gates", gates, shape, [torch.float32], projected.device)
+    return arguments
+
+
+def _launch_forward(projected: Tensor, gates: Tensor | None) -> Tensor:
+    _check("swiglu_gate", projected, gates)
+    rows, width = projected.size(0), projected.size(1) // 2
+    activation = projected.new_empty(rows, width)
+    if activation.numel():
+        launch("swiglu_gate_forward", projected, gates, activation, rows, width, projected.dtype)
+    return activation
+
+
+def _launch_backward(
+    grad_activation: Tensor, projected: Tensor, gates: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = _check("swiglu_gate_backward", projected, gates)
+    rows, width = projected.size(0), projected.size(1) // 2
+    arguments.tensor(
+        "grad_activation", grad_activation, [rows, width], [projected.dtype], projected.device
+    )
+    grad_projected, grad_gates, activation = _fake_backward(grad_activation, projected, gates)
+    if activation.numel():
+        launch(
+            "swiglu_gate_backward",
+            grad_activation,
+            projected,
+            gates,
+            grad_projected,
+            grad_gates,
+            activation,
+            rows,
+            width,
+            projected.dtype,
+        )
+    else:
+        grad_gates.zero_()
+    return grad_projected, grad_gates, activation
+
+
+def _fake_forward(projected: Tensor, gates: Tensor | None) -> Tensor:
+    return projected.new_empty(projected.size(0), projected.size(1) // 2)
+
+
+def _fake_backward(
+    grad_activation: Tensor, projected: Tensor, gates: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_gates = projected.new_empty(0, dtype=torch.float32)
+    if gates is not None:
+        grad_gates = torch.empty_like(gates)
+    return torch.empty_like(projected), grad_gates, torch.empty_like(grad_activation)
+
+
+_forward = register("swiglu_gate", _launch_forward, reference.swiglu_gate, _fake_forward)
+_backward = register(
+    "swiglu_gate_backward", _launch_backward, reference.swiglu_gate_backward, _fake_backward
+)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad_activation: Tensor) -> tuple[Tensor, Tensor | None]:
+    projected, gates = ctx.saved_tensors
+    grads = swiglu_gate_backward(grad_activation.contiguous(), projected, gates)
+    return grads[0], None if gates is None else grads[1]
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

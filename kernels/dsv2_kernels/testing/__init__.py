@@ -1,0 +1,1 @@
+"""How kernels are compared with their references, and timed."""

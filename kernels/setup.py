@@ -1,0 +1,26 @@
+"""Compiles the kernels into the package where nvcc is at hand; the rest is in pyproject.toml."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from dsv2_kernels.native.build import build_cuda  # noqa: E402
+
+
+class BuildKernels(build_py):
+    """Adds the library to what is installed; an editable install is left to `make kernels`."""
+
+    def run(self) -> None:
+        """Copy the Python files, then compile."""
+        super().run()
+        if shutil.which("nvcc") and not self.editable_mode:
+            build_cuda(Path(self.build_lib) / "dsv2_kernels" / "native" / "built" / "cuda.so")
+
+
+setup(cmdclass={"build_py": BuildKernels})

@@ -1,0 +1,36 @@
+"""Where kernels run in a test: emulated on this machine, or on its GPU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from dsv2_kernels.native import library
+from dsv2_kernels.native.build import build_emulated
+
+
+def pytest_configure() -> None:
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    build_emulated(target)
+    return target
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Tensors on it go through the kernels."""
+    if request.param == "cuda":
+        missing = library.why_missing()
+        if missing:
+            pytest.skip(missing)
+        yield torch.device("cuda")
+        return
+    with library.emulated(request.getfixturevalue("emulated_library")):
+        yield torch.device("cpu")

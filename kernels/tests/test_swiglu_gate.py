@@ -1,0 +1,110 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsv2_kernels import swiglu_gate as op
+from dsv2_kernels.native.library import DTYPES
+from dsv2_kernels.reference import swiglu_gate as reference
+from dsv2_kernels.testing.numeric import assert_as_good
+
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+
+
+def inputs(rows: int, width: int, dtype: torch.dtype, gated: bool, device: torch.device) -> Inputs:
+    """Gradient of the activation, projected, gates."""
+    torch.manual_seed(rows * width)
+    grad, projected = torch.randn(rows, width), 2 * torch.randn(rows, 2 * width)
+    gates = 16 * torch.rand(rows, device=device) if gated else None
+    return grad.to(device, dtype), projected.to(device, dtype), gates
+
+
+def check(rows: int, width: int, dtype: torch.dtype, gated: bool, device: torch.device) -> None:
+    """Kernel, naive and exact, forward and backward."""
+    grad, projected, gates = inputs(rows, width, dtype, gated, device)
+    wide = None if gates is None else gates.double()
+    assert_as_good(
+        op.swiglu_gate(projected, gates),
+        reference.swiglu_gate(projected, gates),
+        reference.swiglu_gate(projected.double(), wide),
+    )
+    found = op.swiglu_gate_backward(grad, projected, gates)
+    naive = reference.swiglu_gate_backward(grad, projected, gates)
+    exact = reference.swiglu_gate_backward(grad.double(), projected.double(), wide)
+    for each in zip(found, naive, exact, strict=True):
+        assert_as_good(each[0], each[1], each[2].double())
+
+
+def exercise() -> None:
+    """A little of everything, for the sanitizers and the deliberate mistakes."""
+    cpu = torch.device("cpu")
+    check(3, 72, torch.bfloat16, True, cpu)
+    check(2, 2056, torch.bfloat16, False, cpu)
+    check(2, 260, torch.float32, True, cpu)
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.integers(0, 9),
+    vectors=st.integers(0, 70),
+    dtype=st.sampled_from(list(DTYPES)),
+    gated=st.booleans(),
+)
+def test_as_good_as_plain_torch(
+    device: torch.device, rows: int, vectors: int, dtype: torch.dtype, gated: bool
+) -> None:
+    check(rows, vectors * 16 // dtype.itemsize, dtype, gated, device)
+
+
+def test_more_columns_than_threads(device: torch.device) -> None:
+    check(3, 4096 + 8, torch.bfloat16, True, device)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradients_of_the_reference(gated: bool) -> None:
+    """Against autograd through plain operations, in fp64."""
+    _, projected, gates = inputs(5, 6, torch.float64, gated, torch.device("cpu"))
+    leaves = [projected] if gates is None else [projected, gates.double()]
+    assert torch.autograd.gradcheck(
+        lambda *each: op.swiglu_gate(each[0], each[1] if gated else None),
+        [leaf.requires_grad_() for leaf in leaves],
+    )
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_what_torch_asks_of_an_op(device: torch.device, gated: bool) -> None:
+    _, projected, gates = inputs(4, 16, torch.float32, gated, device)
+    arguments = (projected.requires_grad_(), None if gates is None else gates.requires_grad_())
+    torch.library.opcheck(torch.ops.dsv2.swiglu_gate.default, arguments)
+
+
+def test_autograd_goes_through_the_kernel(device: torch.device) -> None:
+    grad, projected, gates = inputs(4, 16, torch.float32, True, device)
+    assert gates is not None
+    leaves = projected.requires_grad_(), gates.requires_grad_()
+    found = torch.autograd.grad(op.swiglu_gate(*leaves), leaves, grad)
+    expected = op.swiglu_gate_backward(grad, projected.detach(), gates.detach())
+    assert all(torch.equal(*pair) for pair in zip(found, expected[:2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda x, g: (x.double(), g), TypeError, "projected has dtype torch.float64"),
+        (lambda x, g: (x[:, :20].contiguous(), g), ValueError, "multiples of 8"),
+        (lambda x, g: (x[:, :25].contiguous(), g), ValueError, "even widths"),
+        (lambda x, g: (x.t(), g), ValueError, "contiguous"),
+        (lambda x, g: (x.flatten()[1:-31].view(3, 32), g[:3]), ValueError, "modulo 16"),
+        (lambda x, g: (x, g.bfloat16()), TypeError, "gates has dtype torch.bfloat16"),
+        (lambda x, g: (x, g[:3].contiguous()), ValueError, r"gates has shape \[3\]"),
+        (lambda x, g: (x[0], g), ValueError, r"supported: \[any, any\]"),
+    ],
+)
+def test_what_is_refused(
+    device: torch.device, change: object, error: type[Exception], words: str
+) -> None:
+    _, projected, gates = inputs(4, 16, torch.bfloat16, True, device)
+    with pytest.raises(error, match=words) as told:
+        op.swiglu_gate(*change(projected, gates))  # type: ignore[operator]
+    assert str(told.value).startswith("swiglu_gate: ")
