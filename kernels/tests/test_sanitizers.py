@@ -57,6 +57,23 @@ MISTAKES = {
         "data race",
         "swiglu_gate",
     ),
+    "permute: one vector too many of a row": Mistake(
+        "permute.cu",
+        "if (at < num_vectors) to[at]",
+        "if (at <= num_vectors) to[at]",
+        "address",
+        "heap-buffer-overflow",
+        "permute",
+    ),
+    "permute: a row's place taken for the row": Mistake(
+        "permute.cu", "values + rows[j] * width", "values + j * width", "none", "error", "permute"
+    ),
+    "permute: one row too many of a token": Mistake(
+        "permute.cu", "place < end; ++place", "place <= end; ++place", "none", "disagree", "permute"
+    ),
+    "permute: gates written before the zeros are": Mistake(
+        "permute.cu", "__syncwarp();", "", "thread", "data race", "permute"
+    ),
 }
 
 

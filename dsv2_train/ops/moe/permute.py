@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv2_train.ops.kernels import TorchOrKernel
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -22,6 +24,7 @@ class RowPlan:
         tokens_per_expert: [E] int64.
         rows: [R] int64, the rows of token 0, then of token 1, and so on; by expert within a token.
         row_starts: [T] int64, where each token begins in `rows`.
+        implementation: which code moves rows by this plan.
     """
 
     tokens: Tensor
@@ -29,13 +32,16 @@ class RowPlan:
     tokens_per_expert: Tensor
     rows: Tensor
     row_starts: Tensor
+    implementation: TorchOrKernel = "torch"
 
 
-def row_plan(routing_map: Tensor) -> RowPlan:
+def row_plan(routing_map: Tensor, implementation: TorchOrKernel = "torch") -> RowPlan:
     """Order the assignments by expert, then by token.
 
     Args:
         routing_map: [T, E] bool; any number of experts a token, zero too.
+        implementation: which code moves rows by the plan; `kernel` takes rows of a multiple of 16
+            bytes and fp32 gates.
 
     Note:
         Reads the number of rows back from a GPU. No communication.
@@ -49,23 +55,40 @@ def row_plan(routing_map: Tensor) -> RowPlan:
         tokens_per_expert=routing_map.sum(dim=0),
         rows=tokens.argsort(stable=True),
         row_starts=per_token.cumsum(0) - per_token,
+        implementation=implementation,
     )
 
 
 def permute(x: Tensor, plan: RowPlan) -> Tensor:
     """[T, h] tokens -> [R, h] rows: a copy for each assignment."""
+    if plan.implementation == "kernel":
+        # Optional package: importable only where the kernels are installed.
+        from dsv2_kernels.permute import gather_rows  # noqa: PLC0415
+
+        return gather_rows(x, plan.tokens, plan.rows, plan.row_starts)
     rows: Tensor = _Permute.apply(x, plan)
     return rows
 
 
 def unpermute(rows: Tensor, plan: RowPlan) -> Tensor:
     """[R, h] rows -> [T, h] tokens: the sum of each token's rows, by expert; zero without any."""
+    if plan.implementation == "kernel":
+        # Optional package: importable only where the kernels are installed.
+        from dsv2_kernels.permute import sum_rows  # noqa: PLC0415
+
+        return sum_rows(rows, plan.tokens, plan.rows, plan.row_starts)
     x: Tensor = _Unpermute.apply(rows, plan)
     return x
 
 
 def gather_gates(gate_values: Tensor, plan: RowPlan) -> Tensor:
     """[T, E] gate values -> [R], that of each row."""
+    if plan.implementation == "kernel":
+        # Optional package: importable only where the kernels are installed.
+        from dsv2_kernels import permute as kernels  # noqa: PLC0415
+
+        indices = plan.tokens, plan.rows, plan.row_starts
+        return kernels.gather_gates(gate_values, plan.assignments, *indices)
     return gate_values.flatten().gather(0, plan.assignments)
 
 

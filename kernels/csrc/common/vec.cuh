@@ -30,17 +30,21 @@ struct Vec {
 
   float values[kSize];
 
-  // `from`: 16-byte aligned.
-  __device__ __forceinline__ static Vec load(const T* from) {
+  __device__ __forceinline__ static Vec of(uint4 bytes) {
     union {
       uint4 bytes;
       T items[kSize];
     } raw;
-    raw.bytes = *reinterpret_cast<const uint4*>(from);
+    raw.bytes = bytes;
     Vec vec;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) vec.values[i] = to_float(raw.items[i]);
     return vec;
+  }
+
+  // `from`: 16-byte aligned.
+  __device__ __forceinline__ static Vec load(const T* from) {
+    return of(*reinterpret_cast<const uint4*>(from));
   }
 
   __device__ __forceinline__ static Vec zeros() {

@@ -24,15 +24,18 @@ class Arguments:
         shape: Sequence[int | None],
         dtypes: Sequence[torch.dtype] = tuple(DTYPES),
         device: torch.device | None = None,
+        *,
+        aligned: bool = True,
     ) -> None:
         """Refuse a tensor that a kernel cannot read.
 
         Args:
             name: of the argument.
-            tensor: contiguous, and 16-byte aligned.
+            tensor: contiguous.
             shape: what its shape must be; None for a dimension that may be anything.
             dtypes: those that are supported.
             device: of the op's other tensors.
+            aligned: whether it is read 16 bytes at a time, and must begin at a multiple of 16.
 
         Raises:
             ValueError, TypeError: naming op, argument, what was found and what is supported.
@@ -53,7 +56,7 @@ class Arguments:
         if not tensor.is_contiguous():
             found = f"strides {tensor.stride()} for shape {list(tensor.shape)}"
             raise ValueError(self._text(name, found, "a contiguous tensor"))
-        if tensor.data_ptr() % _ALIGNMENT:
+        if aligned and tensor.data_ptr() % _ALIGNMENT:
             found = f"an address of {tensor.data_ptr() % _ALIGNMENT} modulo {_ALIGNMENT}"
             raise ValueError(self._text(name, found, f"multiples of {_ALIGNMENT}"))
 
