@@ -19,8 +19,13 @@ class BuildKernels(build_py):
     def run(self) -> None:
         """Copy the Python files, then compile."""
         super().run()
-        if shutil.which("nvcc") and not self.editable_mode:
-            build_cuda(Path(self.build_lib) / "dsv2_kernels" / "native" / "built" / "cuda.so")
+        if self.editable_mode:
+            return
+        built = Path(self.build_lib) / "dsv2_kernels" / "native" / "built"
+        # Of an earlier build, perhaps of other sources, which nobody could tell once installed.
+        shutil.rmtree(built, ignore_errors=True)
+        if shutil.which("nvcc"):
+            build_cuda(built / "cuda.so")
 
 
 setup(cmdclass={"build_py": BuildKernels})

@@ -49,6 +49,38 @@ MISTAKES = {
     "swiglu_gate: up's channels taken for g's": Mistake(
         "swiglu_gate.cu", "load(g + width + i)", "load(g + i)", "none", "error", "swiglu_gate"
     ),
+    "grouped_linear: one vector too many": Mistake(
+        "grouped_linear.cu",
+        "i >= size",
+        "i > size",
+        "address",
+        "heap-buffer-overflow",
+        "grouped_linear",
+    ),
+    "grouped_linear: blocks that overlap": Mistake(
+        "grouped_linear.cu",
+        "int64_t(blockIdx.x) * kVectors",
+        "int64_t(blockIdx.x)",
+        "thread",
+        "data race",
+        "grouped_linear",
+    ),
+    "grouped_linear: another expert's end": Mistake(
+        "grouped_linear.cu",
+        "0 : ends[expert - 1]",
+        "0 : ends[0]",
+        "none",
+        "AssertionError",
+        "grouped_linear",
+    ),
+    "grouped_linear: an expert without rows is read": Mistake(
+        "grouped_linear.cu",
+        "if (begin == end) return;",
+        "",
+        "none",
+        "AssertionError",
+        "grouped_linear",
+    ),
     "block_sum: read before all have written": Mistake(
         "common/reduce.cuh",
         "partial[warp] = value;\n  __syncthreads();",

@@ -7,7 +7,7 @@ row r of expert e, [g; u] = fc1[e] x_r and y_r = fc2[e] (gate_values_r * silu(g)
 # T rows (assignments), E experts, h hidden size, f intermediate size of one expert
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from dsv2_train.ops.kernels import TorchOrKernel
 from dsv2_train.ops.main_grad import add_gradient
 from dsv2_train.ops.swiglu import GatedActivation, gated_activation
 
-Implementation = Literal["loop", "grouped_mm"]
+Implementation = Literal["loop", "grouped_mm", "kernel"]
 
 
 def grouped_experts(
@@ -40,7 +40,8 @@ def grouped_experts(
         gate_values: [T], any float dtype; enters the activation, before fc2.
         implementation: `loop` multiplies expert by expert into one buffer: any device and dtype,
             fastest on CPU. `grouped_mm` is torch's grouped kernel: one launch, no host sync, CUDA
-            bf16.
+            bf16. `kernel` multiplies by the same, and adds weight gradients to an fp32 `main_grad`
+            by our own kernel, which passes over experts without rows.
         activation: which code computes silu(g) * u * gate; `kernel` wants fp32 gate values.
 
     Returns:
@@ -52,11 +53,30 @@ def grouped_experts(
         elements; the activation is recomputed.
     """
     assert x.size(-1) == fc1.size(-1) == fc2.size(-2) and fc1.size(-2) == 2 * fc2.size(-1)
-    products = _Loop(tokens_per_expert) if implementation == "loop" else _Grouped(tokens_per_expert)
+    products: _Products
+    if implementation == "loop":
+        products = _Loop(tokens_per_expert)
+    else:
+        counts = torch.as_tensor(tokens_per_expert).to(x.device, non_blocking=True)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        products = _Grouped(ends) if implementation == "grouped_mm" else _Kernel(ends)
     y: Tensor = _GroupedExperts.apply(
         x, fc1, fc2, gate_values, products, gated_activation(activation)
     )
     return y
+
+
+class _Products(Protocol):
+    """The three products of rows and of their experts' weights, which are [E, B, A]."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """[T, A] -> [T, B]."""
+
+    def backward(self, grad_y: Tensor, weights: Tensor) -> Tensor:
+        """[T, B] -> [T, A]."""
+
+    def add_gradient(self, gradient: Tensor, grad_y: Tensor, x: Tensor) -> None:
+        """Add that of the weights, from [T, B] and [T, A], to [E, B, A]."""
 
 
 class _Loop:
@@ -68,26 +88,30 @@ class _Loop:
         self.used = [expert for expert, size in enumerate(sizes) if size]
         self.sizes = [sizes[expert] for expert in self.used]
 
-    def rows_times(self, x: Tensor, weights: Tensor) -> Tensor:
-        """[T, a] times the expert's [a, b] of [E, a, b] -> [T, b]."""
-        out = x.new_empty(x.size(0), weights.size(2))
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return self.backward(x, weights.mT)
+
+    def backward(self, grad_y: Tensor, weights: Tensor) -> Tensor:
+        grad_x = grad_y.new_empty(grad_y.size(0), weights.size(2))
         matrices = weights.unbind(0)
         slices = zip(
-            self.used, x.split_with_sizes(self.sizes), out.split_with_sizes(self.sizes), strict=True
+            self.used,
+            grad_y.split_with_sizes(self.sizes),
+            grad_x.split_with_sizes(self.sizes),
+            strict=True,
         )
         for expert, rows, target in slices:
             torch.mm(rows, matrices[expert], out=target)
-        return out
+        return grad_x
 
-    def add_outer(self, gradient: Tensor, a: Tensor, b: Tensor) -> None:
-        """Add a^T b of each expert, from a [T, A] and b [T, B], to a gradient [E, A, B]."""
-        if gradient.dtype != a.dtype:
-            a, b = a.to(gradient.dtype), b.to(gradient.dtype)
+    def add_gradient(self, gradient: Tensor, grad_y: Tensor, x: Tensor) -> None:
+        if gradient.dtype != grad_y.dtype:
+            grad_y, x = grad_y.to(gradient.dtype), x.to(gradient.dtype)
         matrices = gradient.unbind(0)
         slices = zip(
             self.used,
-            a.t().split_with_sizes(self.sizes, dim=1),
-            b.split_with_sizes(self.sizes),
+            grad_y.t().split_with_sizes(self.sizes, dim=1),
+            x.split_with_sizes(self.sizes),
             strict=True,
         )
         for expert, left, right in slices:
@@ -97,22 +121,45 @@ class _Loop:
 class _Grouped:
     """The three products by torch's grouped matrix multiplication."""
 
-    def __init__(self, tokens_per_expert: Tensor | Sequence[int]) -> None:
-        self.counts = torch.as_tensor(tokens_per_expert)
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends
 
-    def rows_times(self, x: Tensor, weights: Tensor) -> Tensor:
-        """[T, a] times the expert's [a, b] of [E, a, b] -> [T, b]."""
-        if not x.size(0):
-            return x.new_empty(0, weights.size(2))
-        return torch.nn.functional.grouped_mm(x, weights, offs=self._ends(x))
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return self.backward(x, weights.mT)
 
-    def add_outer(self, gradient: Tensor, a: Tensor, b: Tensor) -> None:
-        """Add a^T b of each expert, from a [T, A] and b [T, B], to a gradient [E, A, B]."""
-        if a.size(0):
-            gradient.add_(torch.nn.functional.grouped_mm(a.t(), b, offs=self._ends(a)))
+    def backward(self, grad_y: Tensor, weights: Tensor) -> Tensor:
+        if not grad_y.size(0):
+            return grad_y.new_empty(0, weights.size(2))
+        return torch.nn.functional.grouped_mm(grad_y, weights, offs=self.ends)
 
-    def _ends(self, x: Tensor) -> Tensor:
-        return self.counts.to(x.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+    def add_gradient(self, gradient: Tensor, grad_y: Tensor, x: Tensor) -> None:
+        if x.size(0):
+            gradient.add_(torch.nn.functional.grouped_mm(grad_y.t(), x, offs=self.ends))
+
+
+class _Kernel:
+    """The three products by our own package."""
+
+    def __init__(self, ends: Tensor) -> None:
+        # Optional package: importable only where the kernels are installed.
+        from dsv2_kernels import grouped_linear  # noqa: PLC0415
+
+        self.ends = ends
+        self.ops = grouped_linear
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return self.ops.grouped_linear(x, weights, self.ends)
+
+    def backward(self, grad_y: Tensor, weights: Tensor) -> Tensor:
+        return self.ops.grouped_linear_dgrad(grad_y, weights, self.ends)
+
+    def add_gradient(self, gradient: Tensor, grad_y: Tensor, x: Tensor) -> None:
+        if gradient.dtype == torch.float32:
+            self.ops.grouped_linear_wgrad_(gradient, grad_y, x, self.ends)
+            return
+        wide = torch.zeros_like(gradient, dtype=torch.float32)
+        self.ops.grouped_linear_wgrad_(wide, grad_y, x, self.ends)
+        gradient.add_(wide)
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -123,13 +170,13 @@ class _GroupedExperts(torch.autograd.Function):
         fc1: Tensor,
         fc2: Tensor,
         gates: Tensor,
-        products: _Loop | _Grouped,
+        products: _Products,
         activation: GatedActivation,
     ) -> Tensor:
-        projected = products.rows_times(x, fc1.mT)
+        projected = products.forward(x, fc1)
         ctx.save_for_backward(x, gates, projected)
         ctx.weights, ctx.products, ctx.activation = (fc1, fc2), products, activation
-        return products.rows_times(activation.forward(projected, gates), fc2.mT)
+        return products.forward(activation.forward(projected, gates), fc2)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,11 +184,13 @@ class _GroupedExperts(torch.autograd.Function):
         (fc1, fc2), products = ctx.weights, ctx.products
         grad_y = grad_y.contiguous()
         grad_projected, grad_gates, gated = ctx.activation.backward(
-            products.rows_times(grad_y, fc2), projected, gates
+            products.backward(grad_y, fc2), projected, gates
         )
-        grad_fc2 = add_gradient(fc2, lambda gradient: products.add_outer(gradient, grad_y, gated))
+        grad_fc2 = add_gradient(
+            fc2, lambda gradient: products.add_gradient(gradient, grad_y, gated)
+        )
         grad_fc1 = add_gradient(
-            fc1, lambda gradient: products.add_outer(gradient, grad_projected, x)
+            fc1, lambda gradient: products.add_gradient(gradient, grad_projected, x)
         )
-        grad_x = products.rows_times(grad_projected, fc1)
+        grad_x = products.backward(grad_projected, fc1)
         return grad_x, grad_fc1, grad_fc2, grad_gates, None, None

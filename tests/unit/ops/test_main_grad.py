@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from dsv2_train.ops.cross_entropy import linear_cross_entropy
 from dsv2_train.ops.linear import embedding, linear
 from dsv2_train.ops.main_grad import DeferredGradients
-from dsv2_train.ops.moe.grouped_experts import grouped_experts
+from dsv2_train.ops.moe.grouped_experts import Implementation, grouped_experts
 
 Case = tuple[list[Tensor], Callable[[], Tensor], Tensor]
 
@@ -41,17 +41,21 @@ def _head() -> Case:
     return [weight], lambda: linear_cross_entropy(x, weight, labels), x
 
 
-def _experts() -> Case:
+def _experts(implementation: Implementation = "loop") -> Case:
     x, fc1, fc2, gates = _weight(5, 4), _weight(3, 6, 4), _weight(3, 4, 3), _weight(5)
     counts = [2, 0, 3]
     return (
         [fc1, fc2],
-        lambda: grouped_experts(x, counts, fc1, fc2, gates, implementation="loop"),
+        lambda: grouped_experts(x, counts, fc1, fc2, gates, implementation=implementation),
         x,
     )
 
 
-CASES = [_linear, _gate, _embedding, _head, _experts]
+def _kernel_experts() -> Case:
+    return _experts("kernel")
+
+
+CASES = [_linear, _gate, _embedding, _head, _experts, _kernel_experts]
 
 
 def _with_buffers(weights: list[Tensor]) -> None:

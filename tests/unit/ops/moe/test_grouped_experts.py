@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,10 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsv2_kernels.native import library
+from dsv2_kernels.testing.numeric import assert_as_good
 from dsv2_train.ops.moe.grouped_experts import Implementation, grouped_experts
 
-HIDDEN, INTERMEDIATE = 8, 4
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("loop", "grouped_mm")
+HIDDEN, INTERMEDIATE = 8, 8
+
+
+@pytest.fixture(params=["loop", "grouped_mm", "kernel"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    if request.param != "kernel":
+        yield request.param
+        return
+    with library.emulated(request.getfixturevalue("emulated_library")):
+        yield request.param
 
 
 def run_row_by_row(
@@ -74,7 +85,7 @@ def test_gradients_are_those_of_the_output() -> None:
 def test_grouped_mm_equals_loop(counts: list[int]) -> None:
     x, fc1, fc2, gates = inputs = random_inputs(counts, torch.float32)
     results = []
-    for implementation in IMPLEMENTATIONS:
+    for implementation in ("loop", "grouped_mm"):
         y = grouped_experts(x, torch.tensor(counts), fc1, fc2, gates, implementation=implementation)
         results.append((y, *torch.autograd.grad(y.sin().sum(), inputs)))
     for loop, grouped in zip(*results, strict=True):
@@ -82,7 +93,36 @@ def test_grouped_mm_equals_loop(counts: list[int]) -> None:
         torch.testing.assert_close(grouped, loop, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_buffers", [True, False])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 4], [7], [0, 0]])
+def test_kernel_is_as_good_as_loop(
+    emulated_library: Path, counts: list[int], with_buffers: bool, dtype: torch.dtype
+) -> None:
+    def run(implementation: Implementation, dtype: torch.dtype) -> list[Tensor]:
+        x, fc1, fc2, gates = (
+            each.detach().to(torch.bfloat16).to(dtype).requires_grad_()
+            for each in random_inputs(counts)
+        )
+        for weight in (fc1, fc2):
+            if with_buffers:
+                wide = torch.promote_types(dtype, torch.float32)
+                weight.main_grad = torch.ones_like(weight, dtype=wide, requires_grad=False)
+                weight.grad_added_to_main_grad = False
+        y = grouped_experts(x, counts, fc1, fc2, gates, implementation=implementation)
+        y.sin().sum().backward()
+        return [y.detach(), x.grad, gates.grad] + [
+            weight.main_grad if with_buffers else weight.grad for weight in (fc1, fc2)
+        ]
+
+    with library.emulated(emulated_library):
+        found = run("kernel", dtype)
+    for ours, loop, exact in zip(
+        found, run("loop", dtype), run("loop", torch.float64), strict=True
+    ):
+        assert_as_good(ours, loop, exact)
+
+
 @pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.float64])
 def test_weight_gradients_are_added_to_main_grad(
     implementation: Implementation, buffer_dtype: torch.dtype
