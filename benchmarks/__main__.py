@@ -20,6 +20,7 @@ from benchmarks.exchange import (
     time_passes,
 )
 from benchmarks.limits import limits
+from benchmarks.op_count import count_layers
 from benchmarks.ops import compare_ops
 from benchmarks.pipeline import PipelineStep, compare_runtimes
 from benchmarks.ranks import quiet
@@ -40,6 +41,7 @@ def main() -> None:
         "step": _step,
         "scaling": _scaling,
         "ops": _ops,
+        "op_count": _op_count,
         "exchange": _exchange,
         "dropping": _dropping,
         "balance": _balance,
@@ -113,6 +115,14 @@ def _ops(repeats: int) -> None:
     ratios = compare_ops(2 * repeats)
     report.print_ops(ratios)
     print(f"\nwritten: {report.write('ops', {'of_ours': ratios})}")
+
+
+def _op_count(repeats: int) -> None:
+    """Ops and waits of one layer of experts; the same on every machine."""
+    del repeats
+    found = count_layers(NUM_EXPERTS, SEQUENCE_LENGTH, _one_rank())
+    report.print_counts(found, NUM_EXPERTS)
+    print(f"\nwritten: {report.write('op_count', {'layers': found})}")
 
 
 def _exchange(repeats: int) -> None:

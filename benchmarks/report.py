@@ -15,6 +15,7 @@ from transformers import __version__ as transformers_version
 from benchmarks.balance import LAST_STEPS, Outcome
 from benchmarks.dropping import Dropped
 from benchmarks.limits import Limits
+from benchmarks.op_count import PEER, Counts
 from benchmarks.pipeline import PipelineRow, PipelineStep
 from benchmarks.step import StepTimes
 from benchmarks.timing import Ratio, Times, ratio
@@ -83,6 +84,16 @@ def print_ops(ratios: dict[str, Ratio]) -> None:
     print("\nforward and backward of one op: torch's way, of ours")
     for name, one in ratios.items():
         print(f"  {name:44}{show(one):>24}")
+
+
+def print_counts(found: dict[str, Counts], num_experts: int) -> None:
+    """Print ops of one layer, beside megatron-core's."""
+    print(f"\none mixture of {num_experts} experts, forward and backward, {NUM_TOKENS} tokens")
+    print(f"{'':24}{'ops':>7}{'of mcore':>10}{'views':>7}   would wait for a GPU")
+    for name, one in found.items():
+        waits = ", ".join(f"{what} {count}" for what, count in one.reads.items()) or "nothing"
+        share = f"1/{found[PEER].ops / one.ops:.1f}"
+        print(f"{name:24}{one.ops:7}{share:>10}{one.views:7}   {waits}")
 
 
 def print_bytes(counted: dict[str, dict[str, Received]], where: str) -> float:
