@@ -17,7 +17,7 @@ from benchmarks.dropping import Dropped
 from benchmarks.limits import Limits
 from benchmarks.op_count import PEER, Counts
 from benchmarks.pipeline import PipelineRow, PipelineStep
-from benchmarks.step import StepTimes
+from benchmarks.step import OURS, StepTimes
 from benchmarks.timing import Ratio, Times, ratio
 from benchmarks.wire import Received
 from benchmarks.workload import NUM_TOKENS
@@ -39,7 +39,7 @@ class StepRow:
 
 def step_rows(times: dict[str, StepTimes]) -> list[StepRow]:
     """Rows of one workload, ours first."""
-    ours = times["dsv2_train"]
+    ours = times[OURS]
     return [
         StepRow(
             name=name,
@@ -70,13 +70,17 @@ def show(one: Ratio) -> str:
     return f"{one.median:.2f}x [{one.low:.2f} to {one.high:.2f}]"
 
 
-def print_scaling(best: dict[str, dict[int, float]]) -> None:
-    """Print seconds by contender and number of experts."""
+def growths(times: dict[str, dict[int, Times]]) -> dict[str, Ratio]:
+    """By contender, its time with the most experts over that with the fewest."""
+    return {name: ratio(one[max(one)], one[min(one)]) for name, one in times.items()}
+
+
+def print_scaling(times: dict[str, dict[int, Times]], growth: dict[str, Ratio]) -> None:
+    """Print best seconds by contender and number of experts."""
     print("\nforward and backward as experts are added, s (best run)")
-    for name, by_experts in best.items():
-        cells = "".join(f"  E={count}: {seconds:.3f}" for count, seconds in by_experts.items())
-        growth = by_experts[max(by_experts)] / by_experts[min(by_experts)]
-        print(f"{name:20}{cells}  growth {growth:.2f}x")
+    for name, by_experts in times.items():
+        cells = "".join(f"  E={count}: {one.best:.3f}" for count, one in by_experts.items())
+        print(f"{name:20}{cells}  growth {show(growth[name])}")
 
 
 def print_ops(ratios: dict[str, Ratio]) -> None:
