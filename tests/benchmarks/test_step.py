@@ -66,5 +66,5 @@ def test_who_starts_from_the_same_loss_is_compared(monkeypatch: pytest.MonkeyPat
 def test_who_computes_something_else_is_not(
     monkeypatch: pytest.MonkeyPatch, precision: str, peer: FakeContender
 ) -> None:
-    with pytest.raises(AssertionError, match="peer starts|parameters differ"):
+    with pytest.raises(AssertionError, match=r"peer starts|parameters differ"):
         compare(monkeypatch, precision, peer=peer)
