@@ -31,7 +31,7 @@ from dsv2_train.distributed import groups as process_groups
 
 NUM_EXPERTS = 160
 SEQUENCE_LENGTH = 256
-SLOW_REPEATS = 2
+SLOW_REPEATS = 4
 CHECKPOINT_MB = 512
 
 
