@@ -20,17 +20,18 @@ from benchmarks.exchange import (
     time_passes,
 )
 from benchmarks.limits import limits
+from benchmarks.op_count import count_layers
 from benchmarks.ops import compare_ops
 from benchmarks.pipeline import PipelineStep, compare_runtimes
 from benchmarks.ranks import quiet
-from benchmarks.step import compare
-from benchmarks.workload import workload
+from benchmarks.step import compare, compare_experts
+from benchmarks.workload import NUM_TOKENS, workload
 from dsv2_train.distributed import cpu_ranks
 from dsv2_train.distributed import groups as process_groups
 
 NUM_EXPERTS = 160
 SEQUENCE_LENGTH = 256
-SLOW_REPEATS = 2
+SLOW_REPEATS = 4
 CHECKPOINT_MB = 512
 
 
@@ -40,6 +41,7 @@ def main() -> None:
         "step": _step,
         "scaling": _scaling,
         "ops": _ops,
+        "op_count": _op_count,
         "exchange": _exchange,
         "dropping": _dropping,
         "balance": _balance,
@@ -79,14 +81,17 @@ def _step(repeats: int) -> None:
     groups = _one_rank()
     peers = ("transformers", "transformers, foreach AdamW", "megatron-core")
     results = {}
-    for length, names, count in (
-        (SEQUENCE_LENGTH, peers, repeats),
-        (128, ("transformers", "megatron-core"), repeats),
-        (1024, ("transformers", "megatron-core"), repeats),
-        (SEQUENCE_LENGTH, ("transformers, eager experts",), SLOW_REPEATS),
+    for length, precision, names, count in (
+        (SEQUENCE_LENGTH, "fp32", peers, repeats),
+        (128, "fp32", ("transformers", "megatron-core"), repeats),
+        (1024, "fp32", ("transformers", "megatron-core"), repeats),
+        (SEQUENCE_LENGTH, "bf16", ("transformers",), repeats),
+        (SEQUENCE_LENGTH, "fp32", ("transformers, eager experts",), SLOW_REPEATS),
     ):
-        title = f"{NUM_EXPERTS} experts, {1024 // length} samples of {length} tokens, {count} runs"
-        rows = report.step_rows(compare(NUM_EXPERTS, length, names, groups, count))
+        samples = f"{NUM_TOKENS // length} samples of {length} tokens"
+        title = f"{NUM_EXPERTS} experts, {precision}, {samples}, {count} runs"
+        config = workload(NUM_EXPERTS, length, f"recipe.precision={precision}")
+        rows = report.step_rows(compare(config, names, groups, count))
         report.print_step(title, rows)
         results[title] = rows
     headline = next(iter(results.values()))
@@ -97,15 +102,13 @@ def _step(repeats: int) -> None:
 
 def _scaling(repeats: int) -> None:
     """Cost of forward and backward as experts are added that each token uses no more of."""
-    groups = _one_rank()
     peers = ("transformers", "megatron-core")
-    best: dict[str, dict[int, float]] = {}
-    for num_experts in (32, 64, NUM_EXPERTS):
-        times = compare(num_experts, SEQUENCE_LENGTH, peers, groups, repeats)
-        for name, one in times.items():
-            best.setdefault(name, {})[num_experts] = one.forward_backward.best
-    report.print_scaling(best)
-    print(f"\nwritten: {report.write('scaling', {'forward_backward_s': best})}")
+    sizes = (32, 64, NUM_EXPERTS)
+    times = compare_experts(sizes, SEQUENCE_LENGTH, peers, _one_rank(), repeats)
+    growth = report.growths(times)
+    report.print_scaling(times, growth)
+    result = {"forward_backward_s": times, "growth": growth}
+    print(f"\nwritten: {report.write('scaling', result)}")
 
 
 def _ops(repeats: int) -> None:
@@ -113,6 +116,14 @@ def _ops(repeats: int) -> None:
     ratios = compare_ops(2 * repeats)
     report.print_ops(ratios)
     print(f"\nwritten: {report.write('ops', {'of_ours': ratios})}")
+
+
+def _op_count(repeats: int) -> None:
+    """Ops and waits of one layer of experts; the same on every machine."""
+    del repeats
+    found = count_layers(NUM_EXPERTS, SEQUENCE_LENGTH, _one_rank())
+    report.print_counts(found, NUM_EXPERTS)
+    print(f"\nwritten: {report.write('op_count', {'layers': found})}")
 
 
 def _exchange(repeats: int) -> None:

@@ -15,8 +15,9 @@ from transformers import __version__ as transformers_version
 from benchmarks.balance import LAST_STEPS, Outcome
 from benchmarks.dropping import Dropped
 from benchmarks.limits import Limits
+from benchmarks.op_count import PEER, Counts
 from benchmarks.pipeline import PipelineRow, PipelineStep
-from benchmarks.step import StepTimes
+from benchmarks.step import OURS, StepTimes
 from benchmarks.timing import Ratio, Times, ratio
 from benchmarks.wire import Received
 from benchmarks.workload import NUM_TOKENS
@@ -38,7 +39,7 @@ class StepRow:
 
 def step_rows(times: dict[str, StepTimes]) -> list[StepRow]:
     """Rows of one workload, ours first."""
-    ours = times["dsv2_train"]
+    ours = times[OURS]
     return [
         StepRow(
             name=name,
@@ -69,13 +70,17 @@ def show(one: Ratio) -> str:
     return f"{one.median:.2f}x [{one.low:.2f} to {one.high:.2f}]"
 
 
-def print_scaling(best: dict[str, dict[int, float]]) -> None:
-    """Print seconds by contender and number of experts."""
+def growths(times: dict[str, dict[int, Times]]) -> dict[str, Ratio]:
+    """By contender, its time with the most experts over that with the fewest."""
+    return {name: ratio(one[max(one)], one[min(one)]) for name, one in times.items()}
+
+
+def print_scaling(times: dict[str, dict[int, Times]], growth: dict[str, Ratio]) -> None:
+    """Print best seconds by contender and number of experts."""
     print("\nforward and backward as experts are added, s (best run)")
-    for name, by_experts in best.items():
-        cells = "".join(f"  E={count}: {seconds:.3f}" for count, seconds in by_experts.items())
-        growth = by_experts[max(by_experts)] / by_experts[min(by_experts)]
-        print(f"{name:20}{cells}  growth {growth:.2f}x")
+    for name, by_experts in times.items():
+        cells = "".join(f"  E={count}: {one.best:.3f}" for count, one in by_experts.items())
+        print(f"{name:20}{cells}  growth {show(growth[name])}")
 
 
 def print_ops(ratios: dict[str, Ratio]) -> None:
@@ -83,6 +88,16 @@ def print_ops(ratios: dict[str, Ratio]) -> None:
     print("\nforward and backward of one op: torch's way, of ours")
     for name, one in ratios.items():
         print(f"  {name:44}{show(one):>24}")
+
+
+def print_counts(found: dict[str, Counts], num_experts: int) -> None:
+    """Print ops of one layer, beside megatron-core's."""
+    print(f"\none mixture of {num_experts} experts, forward and backward, {NUM_TOKENS} tokens")
+    print(f"{'':24}{'ops':>7}{'of mcore':>10}{'views':>7}   would wait for a GPU")
+    for name, one in found.items():
+        waits = ", ".join(f"{what} {count}" for what, count in one.reads.items()) or "nothing"
+        share = f"1/{found[PEER].ops / one.ops:.1f}"
+        print(f"{name:24}{one.ops:7}{share:>10}{one.views:7}   {waits}")
 
 
 def print_bytes(counted: dict[str, dict[str, Received]], where: str) -> float:

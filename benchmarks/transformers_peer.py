@@ -13,9 +13,13 @@ from benchmarks.contender import Batch, Contender
 from dsv2_train.config.run import RunConfig
 from tests.helpers.hf import write_folder
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class TransformersPeer(Contender):
     """SDPA attention, torch's cross-entropy, clipping and AdamW.
+
+    In bf16 weights, gradients and moments are bf16; ours are fp32 beside bf16 weights.
 
     Args:
         config: the workload.
@@ -36,7 +40,7 @@ class TransformersPeer(Contender):
             write_folder(weights, config.model, Path(folder))
             self.model = DeepseekV2ForCausalLM.from_pretrained(
                 folder,
-                dtype=torch.float32,
+                dtype=_DTYPES[config.recipe.precision],
                 attn_implementation="sdpa",
                 experts_implementation=experts,
             )
@@ -56,7 +60,9 @@ class TransformersPeer(Contender):
     def forward_backward(self, batch: Batch) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.model(input_ids=batch.tokens, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        # In fp32, as transformers' own loss takes it.
+        logits = logits.flatten(0, 1).float()
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels.flatten())
         loss.backward()
         return loss.item()
 

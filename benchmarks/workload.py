@@ -39,12 +39,13 @@ _OVERRIDES = {
 }
 
 
-def workload(num_experts: int, sequence_length: int) -> RunConfig:
+def workload(num_experts: int, sequence_length: int, *changes: str) -> RunConfig:
     """The configuration: 1,024 tokens a step in one microbatch; balance losses off (peers differ).
 
     Args:
         num_experts: routed experts of a layer; 6 serve a token whatever their number.
         sequence_length: divides 1,024.
+        changes: to the configuration, as `key=value`.
     """
     num_samples = NUM_TOKENS // sequence_length
     overrides = _OVERRIDES | {
@@ -53,7 +54,8 @@ def workload(num_experts: int, sequence_length: int) -> RunConfig:
         "recipe.micro_batch_size": num_samples,
         "recipe.global_batch_size": num_samples,
     }
-    return resolve([f"{key}={value}" for key, value in overrides.items()], need_data=False)
+    lines = [f"{key}={value}" for key, value in overrides.items()]
+    return resolve([*lines, *changes], need_data=False)
 
 
 def batches(config: RunConfig, count: int) -> list[Batch]:

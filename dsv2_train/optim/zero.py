@@ -121,14 +121,14 @@ class ZeroOptimizer:
     def pieces(self) -> Iterator[Piece]:
         """The state this rank owns: over all ranks, every element of the model exactly once.
 
-        Keys: `weight/<name>` in model dtype; `master/<name>`, where it is memory of its own;
-        `exp_avg/<name>` and `exp_avg_sq/<name>`. No communication.
+        Keys: `weight/<name>` in model dtype; `master/<name>`, where that is not fp32;
+        `exp_avg/<name>` and `exp_avg_sq/<name>`: the same wherever AdamW runs. No communication.
         """
         for shard in self._shards:
             moments = self._adam.state[shard.master]
-            state = {"weight": shard.weight}
-            if shard.has_own_master:
-                state["master"] = shard.master
+            state = {"weight": shard.master}
+            if shard.weight.dtype != shard.master.dtype:
+                state = {"weight": shard.weight, "master": shard.master}
             state["exp_avg"], state["exp_avg_sq"] = moments["exp_avg"], moments["exp_avg_sq"]
             for kind, data in state.items():
                 place = shard.place

@@ -20,6 +20,15 @@ LAYOUTS = [(1, 1, 1), (4, 1, 1), (2, 1, 2), (4, 1, 2), (4, 1, 4), (2, 2, 1), (4,
 TOLERANCE = 1e-6
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="needs deepspeed (extra: offload)"
+)
+
+
+def kinds_of(precision: str) -> tuple[str, ...]:
+    """What AdamW updates; bf16 weights are rounded masters."""
+    return ("weight" if precision == "fp32" else "master", "exp_avg", "exp_avg_sq")
+
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["in_turn", "overlapped"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -35,19 +44,37 @@ def test_a_sharded_step_is_the_unsharded_step(world: World, layout: Layout, over
         assert largest_error(results, expected, kind) < TOLERANCE, kind
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed (extra: offload)")
+@needs_deepspeed
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_deepspeed_s_cpu_adam_serves_as_well(world: World, precision: str) -> None:
     case = Case((2, 1, 2), precision=precision, adam="deepspeed_cpu")
     straight = world.run(train, 2, case, range(3), timeout_s=400)  # it compiles its kernel
-    norms, expected = reference(case, 3)
-    for kind in ("weight" if precision == "fp32" else "master", "exp_avg", "exp_avg_sq"):
+    _, expected = reference(case, 3)
+    for kind in kinds_of(precision):
         assert largest_error(straight, expected, kind) < TOLERANCE, kind
-    saved = [state for _, state, _ in world.run(train, 2, case, range(2))]
-    resumed = world.run(resume, 2, case, saved, range(2, 3))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("torch", "deepspeed_cpu"), ("deepspeed_cpu", "torch"), ("deepspeed_cpu", "deepspeed_cpu")],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_goes_on_under_another_back_end(
+    world: World, precision: str, before: str, after: str
+) -> None:
+    """Weights, moments and the count behind the bias correction mean the same to both."""
+    first = Case((2, 1, 2), precision=precision, adam=before)
+    saved = [state for _, state, _ in world.run(train, 2, first, range(2), timeout_s=400)]
+    then = dataclasses.replace(first, adam=after)
+    resumed = world.run(resume, 2, then, saved, range(2, 3), timeout_s=400)
+    norms, expected = reference(then, 3)
     assert [found for found, _, _ in resumed] == [pytest.approx(norms[2:], rel=1e-13)] * 2
-    for kind in ("exp_avg", "exp_avg_sq"):
+    for kind in kinds_of(precision):
         assert largest_error(resumed, expected, kind) < TOLERANCE, kind
+    forgetful = [{**state, "adam_step": 0} for state in saved]
+    wrong = world.run(resume, 2, then, forgetful, range(2, 3))
+    assert largest_error(wrong, expected, kinds_of(precision)[0]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("layout", [(4, 2, 2), (4, 1, 2)], ids=str)

@@ -127,8 +127,12 @@ def test_auto_on_cuda_is_the_best_that_imports(
 def test_what_is_asked_for_and_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, asked: str, device: torch.device, why: str
 ) -> None:
-    for package in ("transformer_engine", "apex", "deepspeed"):
-        monkeypatch.setitem(sys.modules, package, None)
+    for module in (
+        "transformer_engine.pytorch.optimizers",
+        "apex.optimizers",
+        "deepspeed.ops.adam",
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError) as raised:
         choose_adam(asked, device)
     (problem,) = raised.value.problems
