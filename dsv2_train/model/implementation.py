@@ -101,6 +101,17 @@ def _torch_or_kernel(
     return Choice(op, asked, "asked for")
 
 
+def _permute(
+    op: str, asked: str, parallel: ParallelConfig, device: torch.device
+) -> Choice | Problem:
+    if parallel.dispatcher == "device_dedup":
+        return _torch_or_kernel(op, asked, parallel, device)
+    if asked == "kernel":
+        allowed = f"not possible here: dispatcher={parallel.dispatcher} orders rows itself"
+        return Problem(f"parallel.{op}", asked, allowed)
+    return Choice(op, "megatron_core", f"part of dispatcher={parallel.dispatcher}")
+
+
 def _why_no_deepep(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "no CUDA device"
@@ -119,5 +130,6 @@ _RULES: dict[str, Resolve] = {
     "attention": _attention,
     "experts": _experts,
     "activation": _torch_or_kernel,
+    "permute": _permute,
     "dispatcher": _dispatcher,
 }
