@@ -115,6 +115,17 @@ def _rope(op: str, asked: str, parallel: ParallelConfig, device: torch.device) -
     return Choice(op, "megatron_core", "comes with transformer-engine's attention")
 
 
+def _permute(
+    op: str, asked: str, parallel: ParallelConfig, device: torch.device
+) -> Choice | Problem:
+    if parallel.dispatcher == "device_dedup":
+        return _torch_or_kernel(op, asked, parallel, device)
+    if asked == "kernel":
+        allowed = f"not possible here: dispatcher={parallel.dispatcher} orders rows itself"
+        return Problem(f"parallel.{op}", asked, allowed)
+    return Choice(op, "megatron_core", f"part of dispatcher={parallel.dispatcher}")
+
+
 def _why_no_deepep(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "no CUDA device"
@@ -134,5 +145,6 @@ _RULES: dict[str, Resolve] = {
     "experts": _experts,
     "activation": _torch_or_kernel,
     "rope": _rope,
+    "permute": _permute,
     "dispatcher": _dispatcher,
 }

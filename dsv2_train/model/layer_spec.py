@@ -142,7 +142,11 @@ def _mixture(
     routed = {"implementation": choices["experts"].implementation, **activation}
     return ModuleSpec(
         module=MixtureOfExperts,
-        params={"pg_collection": groups, "dispatcher": choices["dispatcher"].implementation},
+        params={
+            "pg_collection": groups,
+            "dispatcher": choices["dispatcher"].implementation,
+            "permute": choices["permute"].implementation,
+        },
         submodules=MoESubmodules(
             router=DeviceLimitedRouter,
             experts=ModuleSpec(module=GroupedExperts, params=routed),

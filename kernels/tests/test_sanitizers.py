@@ -133,6 +133,46 @@ MISTAKES = {
     "permute: gates written before the zeros are": Mistake(
         "permute.cu", "__syncwarp();", "", "thread", "data race", "permute"
     ),
+    "dispatch_index: one vector too many": Mistake(
+        "dispatch_index.cu",
+        "i < num_vectors;",
+        "i <= num_vectors;",
+        "address",
+        "heap-buffer-overflow",
+        "dispatch_index",
+    ),
+    "dispatch_index: read before all is staged": Mistake(
+        "dispatch_index.cu",
+        "bytes[i] = from[i];\n  __syncthreads();",
+        "bytes[i] = from[i];",
+        "thread",
+        "data race",
+        "dispatch_index",
+    ),
+    "dispatch_index: a warp's sums read before they are there": Mistake(
+        "dispatch_index.cu",
+        "sums[threadIdx.x] = sum;\n  __syncthreads();",
+        "sums[threadIdx.x] = sum;",
+        "thread",
+        "data race",
+        "dispatch_index",
+    ),
+    "dispatch_index: every tile taken for the first": Mistake(
+        "dispatch_index.cu",
+        "tile * kWarpSize + source",
+        "source",
+        "none",
+        "error",
+        "dispatch_index",
+    ),
+    "dispatch_index: a warp's own chunks taken for those above": Mistake(
+        "dispatch_index.cu",
+        "if (other < warp) above",
+        "if (other <= warp) above",
+        "address",
+        "heap-buffer-overflow",
+        "dispatch_index",
+    ),
 }
 
 

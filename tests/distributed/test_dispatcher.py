@@ -1,5 +1,6 @@
 """What travels between expert ranks, and megatron-core's dispatchers in the place of ours."""
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -8,11 +9,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe import token_dispatcher
 
+from dsv2_kernels.native.library import emulated
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.distributed import exchange
 from dsv2_train.distributed import groups as process_groups
 from dsv2_train.model.implementation import choose
 from dsv2_train.model.moe.dispatcher import ExpertParallelDispatch
+from dsv2_train.ops.kernels import TorchOrKernel
+from tests.helpers.host_reads import host_reads
 from tests.helpers.model import build_on_cpu, roughen
 from tests.helpers.moe_layer import layer_config
 from tests.helpers.world import World
@@ -56,6 +60,38 @@ def test_a_token_travels_once_to_each_rank_it_needs_and_back(world: World) -> No
         needed = _routed(rank).view(TOKENS, 4, 2).any(-1).sum(0).tolist()
         assert dispatched == combined == needed
         assert needed[3] == 0
+
+
+def _passed(
+    rank: int, library: Path, implementation: TorchOrKernel
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Rows, counts, gates, output and gradients of a dispatch; what the host read for them."""
+    assert dist.group.WORLD is not None
+    routed = _routed(rank)
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(TOKENS, 16, generator=generator).requires_grad_()
+    gates = torch.rand(TOKENS, NUM_EXPERTS, generator=generator).requires_grad_()
+    with emulated(library), host_reads() as reads:
+        dispatch = ExpertParallelDispatch(hidden, gates, routed, dist.group.WORLD, implementation)
+        rows = dispatch.arrived()
+        dispatch.issue_combine(rows.rows * rows.gates.unsqueeze(1))
+        output = dispatch.combined()
+        gradients = torch.autograd.grad(output.square().sum(), [hidden, gates])
+    return [*vars(rows).values(), output.detach(), *gradients], reads
+
+
+def test_by_kernels_the_sizes_of_the_exchange_alone_are_read(
+    world: World, emulated_library: Path
+) -> None:
+    """The last rank receives nothing."""
+    by_torch = world.run(_passed, 4, emulated_library, "torch")
+    by_kernels = world.run(_passed, 4, emulated_library, "kernel")
+    for (expected, needed), (found, reads) in zip(by_torch, by_kernels, strict=True):
+        assert needed == ["tolist", "nonzero", "nonzero"]
+        assert reads == ["tolist"]
+        for one, other in zip(found, expected, strict=True):
+            # Sums of at most 8 terms of size one.
+            torch.testing.assert_close(one.detach(), other.detach(), rtol=1e-5, atol=1e-5)
 
 
 class _FakeDeepEP:

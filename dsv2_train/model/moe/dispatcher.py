@@ -13,6 +13,7 @@ from torch import Tensor
 from dsv2_train.distributed import activity
 from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.exchange import Exchange
+from dsv2_train.ops.kernels import TorchOrKernel
 from dsv2_train.ops.moe.permute import RowPlan, gather_gates, permute, row_plan, unpermute
 
 # Marks an expert that a copy is not for; gate values are never negative.
@@ -48,10 +49,21 @@ class Dispatch(Protocol):
 
 
 class LocalDispatch:
-    """All experts are on this rank: nothing travels. Arguments as below."""
+    """All experts are on this rank: nothing travels. Arguments as below.
 
-    def __init__(self, hidden: Tensor, gates: Tensor, routed: Tensor) -> None:
-        self._plan = row_plan(routed)
+    Args:
+        num_rows: how often `routed` is true, where it is known beforehand.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        gates: Tensor,
+        routed: Tensor,
+        implementation: TorchOrKernel = "torch",
+        num_rows: int | None = None,
+    ) -> None:
+        self._plan = row_plan(routed, implementation, num_rows)
         self._rows = _expert_rows(hidden, gates, self._plan)
 
     def arrived(self) -> ExpertRows:
@@ -78,25 +90,35 @@ class ExpertParallelDispatch:
         gates: [T, E] gate values, not negative.
         routed: [T, E] bool, the assignments to be computed: zero a token, or all on one rank, too.
         group: the expert-parallel group; its rank r holds experts r e to (r + 1) e - 1.
+        implementation: which code orders the rows.
 
     Note:
-        Reads counts back from a GPU. Collective: one all-to-all of counts, then rows and gate
+        Reads numbers of rows back from a GPU, once: those of the copies, and of the rows that the
+        received ones will be expanded to. Collective: one all-to-all of them, then rows and gate
         values in flight until `arrived`; partial sums from `issue_combine` until `combined`; the
         same backward. On the wire, beside the rows: 4 e bytes a copy, forward and backward.
     """
 
     def __init__(
-        self, hidden: Tensor, gates: Tensor, routed: Tensor, group: dist.ProcessGroup
+        self,
+        hidden: Tensor,
+        gates: Tensor,
+        routed: Tensor,
+        group: dist.ProcessGroup,
+        implementation: TorchOrKernel = "torch",
     ) -> None:
         ranks = group.size()
-        by_rank = (routed.size(0), ranks, routed.size(1) // ranks)
-        self._copies = row_plan(routed.view(by_rank).any(dim=-1))
-        send_counts = self._copies.tokens_per_expert
-        receive_counts = torch.empty_like(send_counts)
+        by_rank = routed.view(routed.size(0), ranks, routed.size(1) // ranks)
+        copied = by_rank.any(dim=-1)
+        to_send = torch.stack([copied.sum(dim=0), by_rank.sum(dim=(0, 2))], dim=1)
+        to_receive = torch.empty_like(to_send)
         with activity.waiting(Place.DISPATCH):
-            dist.all_to_all_single(receive_counts, send_counts, group=group)
-            send, receive = torch.stack([send_counts, receive_counts]).tolist()
-        marked = torch.where(routed, gates, _NOT_SELECTED).view(-1, by_rank[2])
+            dist.all_to_all_single(to_receive, to_send, group=group)
+            sizes = torch.cat([to_send, to_receive], dim=1).t().tolist()
+        send, _, receive, expanded = sizes
+        self._implementation, self._num_rows = implementation, sum(expanded)
+        self._copies = row_plan(copied, implementation, sum(send))
+        marked = torch.where(routed, gates, _NOT_SELECTED).view(-1, by_rank.size(2))
         self._dispatch = Exchange(send, receive, group, Place.DISPATCH)
         self._combine = Exchange(receive, send, group, Place.COMBINE)
         self._in_flight = self._dispatch.issue(
@@ -106,7 +128,8 @@ class ExpertParallelDispatch:
     def arrived(self) -> ExpertRows:
         """Wait; then the rows of this rank's experts, expanded from the copies."""
         copies, marked = self._dispatch.wait(*self._in_flight)
-        self._plan = row_plan(marked != _NOT_SELECTED)  # a gate that is NaN travels as well
+        selected = marked != _NOT_SELECTED  # a gate that is NaN travels as well
+        self._plan = row_plan(selected, self._implementation, self._num_rows)
         return _expert_rows(copies, marked, self._plan)
 
     def issue_combine(self, expert_output: Tensor) -> None:

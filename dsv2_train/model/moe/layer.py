@@ -19,6 +19,7 @@ from dsv2_train.model.moe.router import Routing
 from dsv2_train.model.moe.routing import routing_map
 from dsv2_train.model.moe.statistics import count, num_statistics
 from dsv2_train.model.transformer_config import DeepSeekV2TransformerConfig
+from dsv2_train.ops.kernels import TorchOrKernel
 
 
 class MixtureOfExperts(MoELayer):
@@ -42,6 +43,7 @@ class MixtureOfExperts(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         dispatcher: str,
+        permute: TorchOrKernel,
     ) -> None:
         """Build as megatron-core does.
 
@@ -51,9 +53,10 @@ class MixtureOfExperts(MoELayer):
             layer_number: of the layer, from 1.
             pg_collection: the rank's process groups.
             dispatcher: as `implementation.choose` resolved it; `none` where nothing travels.
+            permute: which code orders the rows of all dispatchers but megatron-core's.
         """
         super().__init__(config, submodules, layer_number, pg_collection)
-        self._dispatcher = dispatcher
+        self._dispatcher, self._permute = dispatcher, permute
         self._capacity: DeviceCapacity | None = None
         if config.capacity_factor is not None:
             group = self.ep_group if config.capacity_scope == "ep_group" else None
@@ -84,22 +87,24 @@ class MixtureOfExperts(MoELayer):
         """
         assert intermediate_tensors is None and padding_mask is None
         routing = self.router(hidden_states)
-        routed = routing.selected
-        if self.training and torch.is_grad_enabled():
-            routed = self._drop_and_count(routing)
-            if self.moe_layer_recompute:
-                # Stopping early would leave unwaited the exchange that is recomputed last.
-                output: Tensor = checkpoint(
-                    self._mix,
-                    hidden_states,
-                    routing.gates,
-                    routed,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    early_stop=False,
-                )
-                return output, None
-        return self._mix(hidden_states, routing.gates, routed), None
+        learns = self.training and torch.is_grad_enabled()
+        routed = self._drop_and_count(routing) if learns else routing.selected
+        # How many are left after dropping is not known without a look at them.
+        num_rows = routing.experts.numel() if routed is routing.selected else None
+        if learns and self.moe_layer_recompute:
+            # Stopping early would leave unwaited the exchange that is recomputed last.
+            output: Tensor = checkpoint(
+                self._mix,
+                hidden_states,
+                routing.gates,
+                routed,
+                num_rows,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                early_stop=False,
+            )
+            return output, None
+        return self._mix(hidden_states, routing.gates, routed, num_rows), None
 
     def _drop_and_count(self, routing: Routing) -> Tensor:
         """[T, E] bool, the assignments that are computed."""
@@ -113,10 +118,12 @@ class MixtureOfExperts(MoELayer):
             return routing.selected
         return routing_map(routing.experts, routing.selected.size(1), kept)
 
-    def _mix(self, hidden_states: Tensor, gates: Tensor, routed: Tensor) -> Tensor:
+    def _mix(
+        self, hidden_states: Tensor, gates: Tensor, routed: Tensor, num_rows: int | None
+    ) -> Tensor:
         """[S, B, h], gate values [T, E] and assignments [T, E] -> the layer's output [S, B, h]."""
         overlap = self.config.overlap_shared_experts
-        dispatch = self._dispatch(hidden_states.flatten(0, 1), gates, routed)
+        dispatch = self._dispatch(hidden_states.flatten(0, 1), gates, routed, num_rows)
         activation = self.shared_experts.activation(hidden_states) if overlap else None
         rows = dispatch.arrived()
         expert_output, _ = self.experts(rows.rows, rows.tokens_per_expert, rows.gates)
@@ -125,9 +132,11 @@ class MixtureOfExperts(MoELayer):
         combined = dispatch.combined().view_as(hidden_states)
         return combined + (self.shared_experts(hidden_states) if shared is None else shared)
 
-    def _dispatch(self, tokens: Tensor, gates: Tensor, routed: Tensor) -> Dispatch:
+    def _dispatch(
+        self, tokens: Tensor, gates: Tensor, routed: Tensor, num_rows: int | None
+    ) -> Dispatch:
         if self._dispatcher == "none":
-            return LocalDispatch(tokens, gates, routed)
+            return LocalDispatch(tokens, gates, routed, self._permute, num_rows)
         if self._dispatcher == "device_dedup":
-            return ExpertParallelDispatch(tokens, gates, routed, self.ep_group)
+            return ExpertParallelDispatch(tokens, gates, routed, self.ep_group, self._permute)
         return MegatronDispatch(tokens, gates, routed, self.token_dispatcher)

@@ -24,7 +24,7 @@ class RowPlan:
         tokens_per_expert: [E] int64.
         rows: [R] int64, the rows of token 0, then of token 1, and so on; by expert within a token.
         row_starts: [T] int64, where each token begins in `rows`.
-        implementation: which code moves rows by this plan.
+        implementation: which code moves the rows.
     """
 
     tokens: Tensor
@@ -35,17 +35,26 @@ class RowPlan:
     implementation: TorchOrKernel = "torch"
 
 
-def row_plan(routing_map: Tensor, implementation: TorchOrKernel = "torch") -> RowPlan:
+def row_plan(
+    routing_map: Tensor, implementation: TorchOrKernel = "torch", num_rows: int | None = None
+) -> RowPlan:
     """Order the assignments by expert, then by token.
 
     Args:
         routing_map: [T, E] bool; any number of experts a token, zero too.
-        implementation: which code moves rows by the plan; `kernel` takes rows of a multiple of 16
-            bytes and fp32 gates.
+        implementation: which code makes the plan, and moves rows by it; `kernel` takes rows of a
+            multiple of 16 bytes and fp32 gates.
+        num_rows: R, where it is known beforehand.
 
     Note:
-        Reads the number of rows back from a GPU. No communication.
+        `torch` reads R back from a GPU; `kernel` only where it is not given. No communication.
     """
+    if implementation == "kernel":
+        # Optional package: importable only where the kernels are installed.
+        from dsv2_kernels.dispatch_index import dispatch_index  # noqa: PLC0415
+
+        known = int(routing_map.sum()) if num_rows is None else num_rows
+        return RowPlan(*dispatch_index(routing_map, known), implementation)
     num_experts = routing_map.size(1)
     experts, tokens = routing_map.t().nonzero(as_tuple=True)
     per_token = routing_map.sum(dim=1)

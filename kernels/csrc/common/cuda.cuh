@@ -19,9 +19,8 @@
   (kernel<<<dim3(blocks), dim3(threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
    static_cast<int>(cudaGetLastError()))
 
-// Ends the launch where a value read from memory is out of range; costs nothing unless debugging.
-#if defined(DSV2_DEBUG)
-#define CHECK_DEVICE(condition, what)                                                     \
+// Ends the launch where a condition does not hold.
+#define REQUIRE_DEVICE(condition, what)                                                   \
   do {                                                                                    \
     if (!(condition)) {                                                                   \
       printf("%s:%d: %s, in block %u, thread %u\n", __FILE__, __LINE__, what, blockIdx.x, \
@@ -29,6 +28,10 @@
       __trap();                                                                           \
     }                                                                                     \
   } while (false)
+
+// The same for each value read from memory; costs nothing unless debugging.
+#if defined(DSV2_DEBUG)
+#define CHECK_DEVICE(condition, what) REQUIRE_DEVICE(condition, what)
 #else
 #define CHECK_DEVICE(condition, what)
 #endif

@@ -43,10 +43,11 @@
 #define LAUNCH(kernel, blocks, threads, stream, ...) \
   ((void)(stream), emulation::run_grid(dim3(blocks), dim3(threads), [=] { kernel(__VA_ARGS__); }))
 
-#define CHECK_DEVICE(condition, what) \
-  do {                                \
+#define REQUIRE_DEVICE(condition, what) \
+  do {                                  \
     if (!(condition)) emulation::fail(what, EMULATION_SITE); \
   } while (false)
+#define CHECK_DEVICE(condition, what) REQUIRE_DEVICE(condition, what)
 
 struct dim3 : emulation::Index {
   dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : emulation::Index{x_, y_, z_} {}

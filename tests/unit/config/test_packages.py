@@ -67,3 +67,15 @@ def test_what_transformer_engine_serves_it_serves_under_every_schedule(
     choices = choose(parallel, CUDA)
     for op in ("linear", "norm", "attention"):
         assert choices[op].implementation == "transformer_engine"
+
+
+def test_rows_are_ordered_by_whoever_dispatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    asked = ParallelConfig(world_size=2, ep=2, permute="kernel")
+    with pytest.raises(ConfigError, match=r"parallel\.permute: found 'kernel'.*is not installed"):
+        choose(asked, CUDA)
+    theirs = asked.model_copy(update={"dispatcher": "megatron_alltoall"})
+    with pytest.raises(ConfigError, match="dispatcher=megatron_alltoall orders rows itself"):
+        choose(theirs, CUDA)
+    choice = choose(theirs.model_copy(update={"permute": "auto"}), CUDA)["permute"]
+    assert choice.implementation == "megatron_core"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2_train.model.moe.capacity import DeviceCapacity, device_budget, sort_keys, surviving
+from tests.helpers.host_reads import host_reads
 
 # Few distinct values, so that ties are many; 0 and 1 are the ends of what a softmax gives.
 AFFINITIES = [0.0, 1e-30, 0.1, 0.25, 0.2500001, 0.5, 1.0]
@@ -90,6 +91,18 @@ def test_sequences_of_the_own_rank_alone() -> None:
     )
     assert [bool(kept[t, k]) for t, k in order] == expected
     assert kept[1::4].all() and not kept.all()
+
+
+def test_the_decision_needs_no_look_at_the_values() -> None:
+    """Tensors without data cannot be read: what waits for a GPU fails."""
+    affinities, experts, exempt = (tensor.to("meta") for tensor in micro_batch(1))
+    kept = DeviceCapacity(1.0, 4, None).decide(affinities, experts, exempt)
+    assert kept.is_meta and kept.shape == experts.shape
+    with host_reads() as reads:
+        DeviceCapacity(1.0, 4, None).decide(*micro_batch(1))
+    assert reads == []
+    with pytest.raises(NotImplementedError):
+        kept.nonzero()
 
 
 def test_the_decision_takes_no_gradient() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv2_kernels.native import library
+from dsv2_kernels.native.library import emulated
 from dsv2_train.ops.moe.permute import RowPlan, gather_gates, permute, row_plan, unpermute
 
 
@@ -43,6 +43,18 @@ def test_rows_are_sorted_by_expert_and_sum_back(
         expected[token] += scaled[row].detach()
     # At most 6 fp64 terms.
     torch.testing.assert_close(sums, expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_kernel_makes_the_same_plan(emulated_library: Path, share: float, known: bool) -> None:
+    chosen = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)) < share
+    with emulated(emulated_library):
+        found = row_plan(chosen, "kernel", int(chosen.sum()) if known else None)
+    assert found.implementation == "kernel"
+    for name, expected in vars(row_plan(chosen)).items():
+        if name != "implementation":
+            assert torch.equal(getattr(found, name), expected), name
 
 
 def test_gradients_are_those_of_the_outputs() -> None:
@@ -83,7 +95,7 @@ def test_kernels_equal_torch(
         library.launch(name, *arguments)
 
     monkeypatch.setattr("dsv2_kernels.permute.launch", launch)
-    with library.emulated(emulated_library):
+    with emulated(emulated_library):
         found = there_and_back(row_plan(chosen, "kernel"), x, gates)
     assert len(launched) == (6 if share else 0)
     # The same sums in the same order, in fp32, rounded once: torch rounds ties of bf16 upwards.
