@@ -176,7 +176,9 @@ def parse_usage(source: str, said: str) -> list[Usage]:
 
 def table(usages: Sequence[Usage]) -> str:
     """A line a kernel and architecture, with the names of C++ where c++filt is there."""
-    rows = [("source", "kernel", "sm", "registers", "shared bytes", "spilled bytes")]
+    rows: list[tuple[str, ...]] = [
+        ("source", "kernel", "sm", "registers", "shared bytes", "spilled bytes")
+    ]
     names = _demangle([usage.kernel for usage in usages])
     for usage, name in zip(usages, names, strict=True):
         numbers = map(str, (usage.registers, usage.shared_bytes, usage.spill_bytes))
