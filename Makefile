@@ -11,13 +11,16 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Without it every test of a kernel on a GPU is skipped.
+HAVE_KERNELS := $(BIN)/python -c 'import sys; from dsv2_kernels.native.library import why_missing; sys.exit(why_missing())'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install pretrain plan test soak check static bench format clean
+.PHONY: kernels test-gpu sanitize-gpu bench-gpu
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed ## the environment in .venv, pinned by constraints.txt
 
@@ -46,13 +49,34 @@ static: .venv/.installed-dev
 bench: .venv/.installed-dev ## ours, megatron-core and transformers side by side, one thread
 	$(BIN)/python -m benchmarks $(ARGS)
 
+kernels: .venv/.installed ## our CUDA kernels, by nvcc for sm_80 and sm_90a
+	@$(PIP) --editable kernels
+	@$(BIN)/python -m dsv2_kernels.native.build cuda
+
+test-gpu: .venv/.installed-dev ## every test that needs a GPU
+	@$(HAVE_KERNELS)
+	$(BIN)/python -m pytest -m gpu $(ARGS) tests kernels/tests
+
+sanitize-gpu: .venv/.installed-dev ## the kernels' tests under compute-sanitizer: memory, races, barriers
+	@command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer on PATH; CUDA's toolkit has it"; exit 1; }
+	@$(HAVE_KERNELS)
+	for tool in memcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 66 \
+	    $(BIN)/python -m pytest -m gpu $(ARGS) kernels/tests || exit 1; \
+	done
+
+bench-gpu: .venv/.installed-dev ## kernels beside their peers, then layers of DeepSeek-V2, on a GPU
+	cd kernels && ../$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m benchmarks layers
+
 format: .venv/.installed-dev ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove caches and build output; .venv, data and runs stay
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find dsv2_train tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf kernels/dsv2_kernels/native/built
+	find dsv2_train tests benchmarks kernels -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "no python3.11 and no python3 on PATH"; exit 1; }
@@ -64,7 +88,7 @@ clean: ## remove caches and build output; .venv, data and runs stay
 	@$(PIP) --editable .
 	@touch $@
 
-.venv/.installed-dev: .venv/.installed
+.venv/.installed-dev: .venv/.installed kernels/pyproject.toml
 	@echo "installing the tools of the tests into .venv"
-	@$(PIP) --editable ".[dev]"
+	@$(PIP) --editable ".[dev]" --editable kernels
 	@touch $@

@@ -1,4 +1,4 @@
-"""Measure: steps, experts, ops; exchange, dropping, balance; pipelines; checkpoints; activity."""
+"""Measure: steps, layers, ops; exchange, dropping, balance; pipelines; checkpoints; activity."""
 
 import argparse
 import functools
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import activity, bubble, checkpoint, report
+from benchmarks import activity, bubble, checkpoint, layers, report
 from benchmarks.balance import draw, outcome, train_all
 from benchmarks.dropping import BIAS_STDS, SEEDS, dropped_shares
 from benchmarks.exchange import (
@@ -49,15 +49,16 @@ def main() -> None:
         "pipeline": _pipeline,
         "checkpoint": _checkpoint,
         "activity": _activity,
+        "layers": _layers,
     }
-    slow = ("balance", "bubble", "pipeline", "checkpoint")
+    slow = ("balance", "bubble", "pipeline", "checkpoint", "layers")
     default = [name for name in parts if name not in slow]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "parts",
         nargs="*",
         choices=[[], *parts],
-        help=f"default: all but {', '.join(slow)}, which take minutes each",
+        help=f"default: all but {', '.join(slow)}, which take minutes each or need a GPU",
     )
     parser.add_argument("--repeats", type=int, default=8, help="alternating runs of each")
     arguments = parser.parse_args()
@@ -72,7 +73,8 @@ def _one_rank() -> ProcessGroupCollection:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     cpu_ranks.install()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    # gloo for tensors of the CPU, and NCCL for those of a GPU where one is.
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     config = workload(NUM_EXPERTS, SEQUENCE_LENGTH)
     return process_groups.build(config.parallel, timeout_s=60)
 
@@ -170,6 +172,12 @@ def _activity(repeats: int) -> None:
     costs = activity.cost_us(repeats)
     activity.show(costs)
     print(f"\nwritten: {report.write('activity', {'us': costs})}")
+
+
+def _layers(repeats: int) -> None:
+    """One layer shaped as DeepSeek-V2's on a GPU; without one, that this program runs."""
+    found = layers.compare_all(_one_rank(), repeats)
+    print(f"\nwritten: {report.write('layers', found)}")
 
 
 def _bubble(repeats: int) -> None:

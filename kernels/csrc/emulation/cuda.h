@@ -24,7 +24,8 @@
 #define EMULATION_SITE (emulation::Site{__FILE__, __LINE__})
 #define __syncthreads() emulation::wait_for_block(EMULATION_SITE)
 #define __syncwarp(...) emulation::wait_for_warp(0xffffffffu, EMULATION_SITE)
-#define __shfl_sync(mask, value, source) emulation::shuffle(mask, value, source, EMULATION_SITE)
+#define __shfl_sync(mask, value, source) \
+  emulation::shuffle(mask, value, (source) & 31, EMULATION_SITE)
 #define __shfl_xor_sync(mask, value, bits) \
   emulation::shuffle(mask, value, emulation::lane() ^ (bits), EMULATION_SITE)
 #define __shfl_down_sync(mask, value, delta) \
@@ -105,7 +106,7 @@ T atomicAdd(T* address, T value) {
 
 namespace emulation {
 
-// A lane outside the warp, or not in the mask, gives a lane its own value, as the hardware.
+// A lane outside the warp gives a lane its own value, as the hardware.
 template <typename T>
 T shuffle(uint32_t mask, T value, unsigned source, Site site) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -114,6 +115,7 @@ T shuffle(uint32_t mask, T value, unsigned source, Site site) {
   const Lanes lanes = exchange(mask, bits, site);
   if (source >= 32) return value;
   if (!(mask >> source & 1)) fail("a lane reads from a lane outside the mask", site);
+  if (!(lanes.mask >> source & 1)) fail("a lane reads from a lane that has ended", site);
   std::memcpy(&value, &lanes.values[source], sizeof value);
   return value;
 }
@@ -122,7 +124,7 @@ inline uint32_t ballot(uint32_t mask, bool predicate, Site site) {
   const Lanes lanes = exchange(mask, predicate, site);
   uint32_t votes = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1 && lanes.values[lane]) votes |= 1u << lane;
+    if (lanes.mask >> lane & 1 && lanes.values[lane]) votes |= 1u << lane;
   }
   return votes;
 }

@@ -26,7 +26,9 @@ namespace {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kLaunchFailure = 719;  // cudaErrorLaunchFailure
+constexpr unsigned kMaxThreads = 1024;
+constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
+constexpr int kLaunchFailure = 719;       // cudaErrorLaunchFailure
 
 enum class State { kReady, kAtBlock, kAtWarp, kDone };
 
@@ -208,15 +210,19 @@ bool wake_warp(unsigned first) {
     }
     if (!complete) continue;
     const uint32_t mask = head.mask;
+    uint32_t present = 0;
+    for (unsigned lane = 0; lane < size; ++lane) {
+      const bool waits = threads[first + lane].state == State::kAtWarp;
+      present |= uint32_t(waits) << lane & mask;
+    }
     for (unsigned lane = 0; lane < size; ++lane) {
       Thread& to = threads[first + lane];
-      if (!(mask >> lane & 1) || to.state != State::kAtWarp) continue;
+      if (!(present >> lane & 1)) continue;
+      to.mask = present;
       for (unsigned from = 0; from < size; ++from) to.values[from] = threads[first + from].value;
     }
     for (unsigned lane = 0; lane < size; ++lane) {
-      if (mask >> lane & 1 && threads[first + lane].state == State::kAtWarp) {
-        threads[first + lane].state = State::kReady;
-      }
+      if (present >> lane & 1) threads[first + lane].state = State::kReady;
     }
     woken = true;
   }
@@ -282,6 +288,13 @@ void end_block() {
 int run(Grid grid, void (*body)(void*), void* argument) {
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);
+  const size_t num_threads = size_t(grid.threads.x) * grid.threads.y * grid.threads.z;
+  const size_t num_blocks = size_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
+  if (num_blocks == 0 || num_threads == 0 || num_threads > kMaxThreads) {
+    std::snprintf(error, sizeof error, "invalid configuration: %zu blocks of %zu threads",
+                  num_blocks, num_threads);
+    return kInvalidConfiguration;
+  }
   auto current = std::make_unique<Launch>();
   launch = current.get();
   launch->grid = grid;
@@ -350,7 +363,7 @@ Lanes exchange(uint32_t mask, uint64_t value, Site site) {
   thread->mask = mask;
   thread->value = value;
   leave(State::kAtWarp);
-  return {mask, thread->values};
+  return {thread->mask, thread->values};
 }
 
 void* shared_memory(const void* key, size_t bytes) {

@@ -25,7 +25,7 @@ struct Site {
   int line;
 };
 
-// Values of a warp's lanes that took part in a collective.
+// Values of a warp's lanes that took part in a collective: those in the mask that have not ended.
 struct Lanes {
   uint32_t mask;
   const uint64_t* values;

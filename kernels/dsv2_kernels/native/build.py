@@ -6,6 +6,7 @@ python -m dsv2_kernels.native.build emulated
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -27,6 +28,9 @@ SANITIZERS = {
     "thread": ("-fsanitize=thread",),
 }
 
+# Of the parts of CUDA's toolkit that compile and link; releases of one number fit each other.
+ON_PYPI = "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-cccl nvidia-cuda-runtime"
+
 
 class BuildError(RuntimeError):
     """A compiler that is missing, or what it said."""
@@ -36,6 +40,7 @@ class BuildError(RuntimeError):
 class Usage:
     """What ptxas says of one kernel on one architecture."""
 
+    source: str
     kernel: str
     architecture: str
     registers: int
@@ -72,11 +77,14 @@ def build_cuda(
     flags = ["-O3", "--std=c++17", "-Xcompiler=-fPIC", "-Xptxas=-v", "--expt-relaxed-constexpr"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     flags += ["-DDSV2_DEBUG"] if debug else []
+    # Where the packages on PyPI have what is linked; nvcc looks beside it.
+    flags += [f"-L{Path(nvcc).parents[1] / 'lib'}"]
     said = _compile([nvcc, *flags], [], target)
-    usages = parse_usage(said)
+    usages = [usage for source, text in said.items() for usage in parse_usage(source, text)]
     spilling = [usage for usage in usages if usage.spill_bytes]
     if spilling:
-        raise BuildError(f"kernels spill registers: {spilling}")
+        target.unlink()
+        raise BuildError(f"kernels spill registers:\n{table(spilling)}")
     facts = {
         "sources": source_hash(),
         "nvcc": nvcc_version(nvcc),
@@ -112,18 +120,22 @@ def build_emulated(target: Path, *, sanitizer: str = "none", sources: Path = SOU
 
 
 def find_nvcc() -> str:
-    """The path of nvcc.
+    """The path of nvcc: on PATH, or of the packages on PyPI where this Python has them.
 
     Raises:
         BuildError: none is there.
     """
     found = shutil.which("nvcc")
-    if found is None:
-        raise BuildError(
-            "no nvcc on PATH; install the CUDA toolkit, or from PyPI, all of one release: "
-            "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime"
-        )
-    return found
+    if found:
+        return found
+    packages = importlib.util.find_spec("nvidia")
+    for folder in (packages and packages.submodule_search_locations) or ():
+        for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True):
+            return str(path)
+    raise BuildError(
+        "no nvcc on PATH and none of PyPI's; install the CUDA toolkit of torch's CUDA release, or "
+        f"`pip install --constraint constraints.txt {ON_PYPI}`"
+    )
 
 
 def nvcc_version(nvcc: str) -> str:
@@ -135,27 +147,66 @@ def nvcc_version(nvcc: str) -> str:
     return match[1]
 
 
-def parse_usage(said: str) -> list[Usage]:
-    """Read ptxas' -v output."""
+def parse_usage(source: str, said: str) -> list[Usage]:
+    """Read ptxas' -v output.
+
+    Args:
+        source: the file that was compiled.
+        said: one or more kernels, each for one or more architectures.
+    """
     usages = []
-    entry = re.compile(
-        r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\w+)'"
-        r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
-        r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
-        re.DOTALL,
-    )
-    for found in entry.finditer(said):
-        shared = re.search(r"(\d+) bytes smem", found["rest"])
+    for block in said.split("Compiling entry function '")[1:]:
+        head = re.match(r"(\w+)' for 'sm_(\w+)'", block)
+        used = re.search(r"Used (\d+) registers([^\n]*)", block)
+        if head is None or used is None:
+            raise BuildError(f"{source}: what ptxas says of a kernel cannot be read:\n{block}")
+        shared = re.search(r"(\d+) bytes smem", used[2])
         usages.append(
             Usage(
-                kernel=found["kernel"],
-                architecture=found["arch"],
-                registers=int(found["registers"]),
-                spill_bytes=int(found["stores"]) + int(found["loads"]),
+                source=source,
+                kernel=head[1],
+                architecture=head[2],
+                registers=int(used[1]),
+                spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", block))),
                 shared_bytes=int(shared[1]) if shared else 0,
             )
         )
     return usages
+
+
+def table(usages: Sequence[Usage]) -> str:
+    """A line a kernel and architecture, with the names of C++ where c++filt is there."""
+    rows: list[tuple[str, ...]] = [
+        ("source", "kernel", "sm", "registers", "shared bytes", "spilled bytes")
+    ]
+    names = _demangle([usage.kernel for usage in usages])
+    for usage, name in zip(usages, names, strict=True):
+        numbers = map(str, (usage.registers, usage.shared_bytes, usage.spill_bytes))
+        rows.append((usage.source, name, usage.architecture, *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _demangle(names: list[str]) -> list[str]:
+    """Names with their template arguments, without those of the call."""
+    program = shutil.which("c++filt")
+    if program is None or not names:
+        return names
+    said = subprocess.run(
+        [program], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout
+    return [_short(line) for line in said.splitlines()]
+
+
+def _short(signature: str) -> str:
+    signature = signature.replace("(anonymous namespace)::", "").removeprefix("void ")
+    depth = 0
+    for place, letter in enumerate(signature):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return signature[:place]
+    return signature
 
 
 def _compile(
@@ -163,8 +214,12 @@ def _compile(
     extra: list[tuple[list[str], Path]],
     target: Path,
     sources: Path = SOURCES,
-) -> str:
-    """Every .cu file, and others with their own compilers, into one library; what was said."""
+) -> dict[str, str]:
+    """Every .cu file, and others with their own compilers, into one library.
+
+    Returns:
+        What was said, by source file.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     jobs = [(compiler, path) for path in sorted(sources.rglob("*.cu"))] + extra
     objects = [target.with_suffix(f".{path.stem}.o") for _, path in jobs]
@@ -183,7 +238,7 @@ def _compile(
     finally:
         for each in [*objects, partial]:
             each.unlink(missing_ok=True)
-    return "\n".join(said)
+    return {path.name: text for (_, path), text in zip(jobs, said, strict=True)}
 
 
 def _run(command: list[str]) -> str:
@@ -203,8 +258,7 @@ def main() -> int:
     target = BUILT / f"{arguments.kind}.so"
     try:
         if arguments.kind == "cuda":
-            for usage in build_cuda(target, debug=arguments.debug):
-                sys.stdout.write(f"{usage}\n")
+            sys.stdout.write(f"{table(build_cuda(target, debug=arguments.debug))}\n")
         else:
             build_emulated(target)
     except BuildError as error:

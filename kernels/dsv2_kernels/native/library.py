@@ -51,10 +51,10 @@ def why_missing() -> str | None:
     """Why the kernels cannot run on this process' GPU, and what to do; None where they can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    library = BUILT / "cuda.so"
-    if not library.exists():
+    library, noted = BUILT / "cuda.so", BUILT / "cuda.json"
+    if not (library.exists() and noted.exists()):
         return "the kernels are not built; `make kernels` builds them"
-    facts = json.loads(library.with_suffix(".json").read_text())
+    facts = json.loads(noted.read_text())
     if SOURCES.exists() and facts["sources"] != source_hash():
         return "the kernels were built from other sources; `make kernels` builds them anew"
     return why_unfit(facts, torch.version.cuda, torch.cuda.get_device_capability())
@@ -101,7 +101,8 @@ def launch(name: str, *arguments: Tensor | torch.dtype | int | float | None) -> 
             _call(_cuda(), name, arguments, torch.cuda.current_stream().cuda_stream)
     else:
         emulation = _EMULATED.get()
-        assert emulation is not None, f"{name}: kernels take tensors of a GPU, got {device}"
+        if emulation is None:
+            raise LaunchError(f"{name}: kernels take tensors of a GPU, these are on {device}")
         _call(emulation, name, arguments, 0)
 
 

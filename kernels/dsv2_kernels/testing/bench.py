@@ -2,6 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from dsv2_kernels.testing.machine import Speeds
+from dsv2_kernels.testing.timing import Timer, Times, alternate, ratio
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,60 @@ class Case:
     ours: Callable[[], object]
     peers: Mapping[str, Callable[[], object]]
     num_flops: int = field(default=0, kw_only=True)
+
+
+def measure(case: Case, timer: Timer, seconds: float, speeds: Speeds) -> dict[str, Any]:
+    """Time a case; its record in the results.
+
+    Args:
+        case: called `ours` and by its peers' names.
+        timer: microseconds of one call.
+        seconds: to spend; see `alternate`.
+        speeds: of the device, in this run.
+
+    Returns:
+        What `record` gives.
+    """
+    calls = {"ours": case.ours, **case.peers}
+    times, errors = alternate(calls, timer, seconds)
+    return record(case, times, errors, speeds)
+
+
+def record(
+    case: Case, times: Mapping[str, Times], errors: Mapping[str, str], speeds: Speeds
+) -> dict[str, Any]:
+    """Figures of a case.
+
+    Returns:
+        Name, shape, bytes, FLOPs; `floor_us` and `bound`, what gives the floor; `us`, the rate
+        that is, GB/s or TFLOP/s, and `of_floor`, the fraction of the measured copy or product that
+        we reach; each peer's `us` and `ratio`, its time over ours. `error` stands in place of the
+        figures of what failed.
+    """
+    floor_us = speeds.floor_us(case.num_bytes, case.num_flops)
+    is_memory = floor_us == speeds.floor_us(case.num_bytes, 0)
+    found: dict[str, Any] = {
+        "name": case.name,
+        "shape": dict(case.shape),
+        "num_bytes": case.num_bytes,
+        "num_flops": case.num_flops,
+        "floor_us": floor_us,
+        "bound": "memory" if is_memory else "products",
+        "peers": {},
+    }
+    ours = times.get("ours")
+    if ours is None:
+        found["error"] = errors["ours"]
+    else:
+        found["us"] = ours.summary
+        found["of_floor"] = floor_us / ours.median
+        found["gb_per_s"] = case.num_bytes / ours.median / 1e3
+        found["tflop_per_s"] = case.num_flops / ours.median / 1e6
+    for name in case.peers:
+        if name in errors:
+            found["peers"][name] = {"error": errors[name]}
+            continue
+        found["peers"][name] = {"us": times[name].summary}
+        if ours is not None:
+            found["peers"][name]["ratio"] = ratio(times[name], ours)
+    return found
