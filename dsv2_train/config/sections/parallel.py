@@ -21,9 +21,9 @@ class ParallelConfig(Section):
     each. `max_activations` bounds the chunk activations that a stage holds where `schedule=search`;
     pp chunks if not given, what 1F1B holds.
     `experts` multiplies tokens with their experts' weights; `activation` is that of the experts and
-    of the other feed-forward parts; `rope` rotates and assembles attention's heads; `permute` brings
-    rows into the order of the experts, and back. `kernel` is the project's own CUDA kernel, which
-    `auto` does not pick: none was measured on a GPU yet.
+    of the other feed-forward parts; `rope` rotates and assembles attention's heads; `permute`
+    brings rows into the order of the experts, and back. `kernel` is the project's own CUDA kernel,
+    which `auto` does not pick: none was measured on a GPU yet.
     `dispatcher` exchanges tokens between expert ranks; with `overlap_shared_experts` the shared
     experts compute meanwhile. `recompute` names what the backward pass computes again instead of
     keeping it: `moe` all of a mixture of experts behind its routing, exchange included;
