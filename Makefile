@@ -28,8 +28,8 @@ pretrain: .venv/.installed ## corpus, then the quickstart on four ranks; again: 
 plan: .venv/.installed ## what the 236B run would cost, without a GPU
 	@$(BIN)/dsv2 plan experiment=dsv2_236b_pretrain $(ARGS)
 
-test: static ## check, then every test that needs no GPU
-	$(BIN)/python -m pytest $(ARGS)
+test: static ## check, then every test that needs no GPU, in two processes side by side
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 soak: .venv/.installed-dev ## trials at full count: reshapes, damages, kills; hours
 	$(BIN)/python -m pytest --soak -m soak $(ARGS)
