@@ -14,6 +14,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 # Without it every test of a kernel on a GPU is skipped.
 HAVE_KERNELS := $(BIN)/python -c 'import sys; from dsv2_kernels.native.library import why_missing; sys.exit(why_missing())'
 
+# Tests that start no ranks: two at a time.
+ONE_PROCESS := tests/unit tests/house tests/benchmarks kernels/tests
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install pretrain plan test soak check static bench format clean
@@ -31,8 +34,13 @@ pretrain: .venv/.installed ## corpus, then the quickstart on four ranks; again: 
 plan: .venv/.installed ## what the 236B run would cost, without a GPU
 	@$(BIN)/dsv2 plan experiment=dsv2_236b_pretrain $(ARGS)
 
-test: static ## check, then every test that needs no GPU
+test: static ## check, then every test that needs no GPU; ARGS with a path: those alone
+ifeq ($(findstring tests/,$(ARGS)),)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS) $(ONE_PROCESS)
+	$(BIN)/python -m pytest $(ARGS) $(foreach folder,$(ONE_PROCESS),--ignore=$(folder))
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 soak: .venv/.installed-dev ## trials at full count: reshapes, damages, kills; hours
 	$(BIN)/python -m pytest --soak -m soak $(ARGS)

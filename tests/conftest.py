@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from dsv2_kernels.native.build import build_emulated
 from tests.helpers.world import World
@@ -64,7 +64,9 @@ def pytest_runtest_makereport(
 
 def pytest_configure(config: pytest.Config) -> None:
     # Cores are shared with ranks of other tests: how long an example takes says nothing.
-    settings.register_profile("no deadline", deadline=None)
+    settings.register_profile(
+        "no deadline", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
     settings.load_profile("no deadline")
     for line in IMPORT_WARNINGS:
         config.addinivalue_line("filterwarnings", line)

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args
@@ -150,6 +151,7 @@ def _section(cls: type[Section], value: object, path: str) -> tuple[Section, lis
     return cls.model_construct(), [Problem(path, value, allowed)]
 
 
+@cache
 def _adapter(cls: type[BaseModel], name: str) -> TypeAdapter[Any]:
     field = cls.model_fields[name]
     strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)

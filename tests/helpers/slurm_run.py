@@ -20,12 +20,17 @@ class SlurmRun:
     Args:
         slurm: where to.
         folder: to work in; new.
+
+    Attributes:
+        folder: of the run.
+        job_id: of the first job that was submitted last.
     """
 
     PATIENCE_S = 240.0  # a start takes 10 s, many times that on a machine that is busy
 
     def __init__(self, slurm: Slurm, folder: Path) -> None:
         self.folder = folder / "runs" / "quickstart"
+        self.job_id = ""
         self._slurm = slurm
         self._working = folder
         synthetic_folder(folder / "data")
@@ -47,7 +52,8 @@ class SlurmRun:
         assert done.returncode == 0, done.stderr
         found = re.search(r"submitted job (\d+)", done.stdout)
         assert found is not None, done.stdout
-        return found[1]
+        self.job_id = found[1]
+        return self.job_id
 
     def try_to_submit(self, *line: str) -> subprocess.CompletedProcess[str]:
         """Run launch/submit.py as a user of this cluster."""

@@ -1,5 +1,7 @@
 """Small configurations for tests: the quickstart, made smaller, with any override."""
 
+from functools import cache
+
 from dsv2_train.cli.compose import compose_values
 from dsv2_train.config.load import check
 from dsv2_train.config.run import RunConfig
@@ -24,6 +26,7 @@ TINY = (
 )
 
 
+@cache
 def tiny_config(*overrides: str) -> RunConfig:
     """The tiny model with Hydra overrides; raises on any configuration problem."""
     values, problems = compose_values([*TINY, *overrides])

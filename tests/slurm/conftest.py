@@ -37,6 +37,5 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def undisturbed(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
     """A run that was submitted and left alone until its end."""
     run = SlurmRun(slurm, tmp_path_factory.mktemp("undisturbed"))
-    job_id = run.submit()
-    slurm.wait(job_id, "COMPLETED", timeout_s=run.PATIENCE_S)
+    slurm.wait(run.submit(), "COMPLETED", timeout_s=run.PATIENCE_S)
     return run

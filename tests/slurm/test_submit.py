@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slurm
 def test_a_submitted_run_finishes_on_two_nodes(undisturbed: SlurmRun) -> None:
     assert [row["step"] for row in trace(undisturbed.folder)] == list(range(1, NUM_STEPS + 1))
     final_tensors(undisturbed.folder, NUM_STEPS)
-    log = undisturbed.log("1")
+    log = undisturbed.log(undisturbed.job_id)
     assert "0: run quickstart begins" in log and log.endswith("the run is finished\n")
-    logs = undisturbed.folder / "logs" / "job_1_0"
+    logs = undisturbed.folder / "logs" / f"job_{undisturbed.job_id}_0"
     assert {"node_0", "node_1"} <= {path.name for path in logs.iterdir()}
 
 
@@ -26,7 +26,7 @@ def test_what_was_submitted_is_on_record(undisturbed: SlurmRun) -> None:
     folder = undisturbed.folder / "logs" / "submit_0001"
     files = {path.name: path.read_text() for path in folder.iterdir()}
     assert files["config.yaml"] == (undisturbed.folder / "config.yaml").read_text()
-    assert json.loads(files["jobs.json"]) == ["1"]
+    assert json.loads(files["jobs.json"]) == [undisturbed.job_id]
     assert "\ntorch==" in files["packages.txt"]
     assert re.search(r"^[0-9a-f]{40}$|^no git", files["code.txt"], re.MULTILINE)
     assert 'CUDA_VISIBLE_DEVICES=""\n' in files["environment.txt"]
