@@ -24,7 +24,8 @@ class RowPlan:
         tokens_per_expert: [E] int64.
         rows: [R] int64, the rows of token 0, then of token 1, and so on; by expert within a token.
         row_starts: [T] int64, where each token begins in `rows`.
-        implementation: which code moves rows by this plan.
+        implementation: which code moves the rows; `kernel` takes rows of a multiple of 16 bytes,
+            and fp32 gates.
     """
 
     tokens: Tensor
@@ -40,8 +41,7 @@ def row_plan(routing_map: Tensor, implementation: TorchOrKernel = "torch") -> Ro
 
     Args:
         routing_map: [T, E] bool; any number of experts a token, zero too.
-        implementation: which code moves rows by the plan; `kernel` takes rows of a multiple of 16
-            bytes and fp32 gates.
+        implementation: which code moves the rows.
 
     Note:
         Reads the number of rows back from a GPU. No communication.
