@@ -29,7 +29,13 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
     compiled = torch.compile(reference.mla_rope)
     # The reference returns a view of the values.
     peers = {"eager": lambda: reference.mla_rope(*parts), "compiled": lambda: compiled(*parts)}
-    yield Case("mla_rope forward", shape, num_bytes, lambda: op.mla_rope(*parts), {})
+    yield Case(
+        "mla_rope forward",
+        shape,
+        num_bytes,
+        lambda: op.mla_rope(*parts),
+        {"eager": lambda: [each.contiguous() for each in reference.mla_rope(*parts)]},
+    )
     yield Case(
         "mla_rope forward, values left alone",
         shape,
