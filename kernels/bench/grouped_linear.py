@@ -1,59 +1,76 @@
-"""Experts' linears and the addition of their gradient, at the sizes of DeepSeek-V2."""
-
-# E experts of a rank, A input and B output channels
+"""Experts' first linear and the addition of its gradient, at the sizes of DeepSeek-V2."""
 
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
 
 from dsv2_kernels import grouped_linear as op
+from dsv2_kernels.reference import grouped_linear as reference
 from dsv2_kernels.testing.bench import Case
 
-E, A, B = 20, 5120, 3072
+EXPERTS, HIDDEN, WIDTH = 20, 5120, 2 * 1536
+TRIED_ON_CPU = 2, 64, 32
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:
-    """Products over six rows a token, evenly spread, and what is added of them to fp32; bf16."""
-    rows = 6 * tokens
-    shape = {"rows": rows, "experts": E, "inputs": A, "outputs": B}
-    x = torch.randn(rows, A, device=device, dtype=torch.bfloat16)
-    grad_y = torch.randn(rows, B, device=device, dtype=torch.bfloat16)
-    weights = torch.randn(E, B, A, device=device, dtype=torch.bfloat16)
-    main_grad = torch.zeros(E, B, A, device=device)
-    ends = torch.arange(1, E + 1, device=device).mul(rows).div(E).to(torch.int32)
-    num_bytes = 2 * (x.numel() + grad_y.numel() + weights.numel())
-    num_flops = 2 * rows * A * B
-    # One matrix of as many products: what the GPU reaches without groups.
-    dense = {"one matrix": lambda: x @ weights[0].t()}
-    dense_back = {"one matrix": lambda: grad_y @ weights[0]}
-    yield Case(
-        "grouped_linear forward",
-        shape,
-        num_bytes,
-        lambda: op.grouped_linear(x, weights, ends),
-        dense,
-        num_flops=num_flops,
-    )
-    yield Case(
-        "grouped_linear dgrad",
-        shape,
-        num_bytes,
-        lambda: op.grouped_linear_dgrad(grad_y, weights, ends),
-        dense_back,
-        num_flops=num_flops,
-    )
-    yield Case(
-        "grouped_linear wgrad",
-        shape,
-        num_bytes + 6 * weights.numel(),
-        lambda: op.grouped_linear_wgrad_(main_grad, grad_y, x, ends),
-        {"one matrix": lambda: grad_y.t() @ x},
-        num_flops=num_flops,
-    )
+    """Six rows a token, spread evenly or by Zipf's law over a rank's 20 experts; bf16."""
+    sizes = (EXPERTS, HIDDEN, WIDTH) if device.type == "cuda" else TRIED_ON_CPU
+    num_experts, hidden, width = sizes
+    weights = torch.randn(num_experts, width, hidden, device=device, dtype=torch.bfloat16)
+    main_grad = torch.zeros(weights.shape, device=device)
+    ranks = torch.arange(1, num_experts + 1, dtype=torch.float64)
+    for spread, shares in (("even", torch.ones_like(ranks)), ("Zipf", 1 / ranks)):
+        ends = (6 * tokens * shares.cumsum(0) / shares.sum()).round().to(device, torch.int32)
+        yield from _products(spread, 6 * tokens, weights, main_grad, ends)
     yield Case(
         "grouped_linear accumulate",
-        {"experts": E, "inputs": A, "outputs": B},
+        {"experts": num_experts, "inputs": hidden, "outputs": width},
         10 * weights.numel(),
         lambda: op.grouped_linear_accumulate_(main_grad, weights, ends),
         {"eager": lambda: main_grad.add_(weights)},
+    )
+
+
+def _products(
+    spread: str, rows: int, weights: Tensor, main_grad: Tensor, ends: Tensor
+) -> Iterator[Case]:
+    num_experts, width, hidden = weights.shape
+    x, grad_y = (torch.randn(rows, n, device=ends.device).bfloat16() for n in (hidden, width))
+    shape = {"rows": rows, "experts": num_experts, "inputs": hidden, "outputs": width}
+    num_bytes = 2 * (x.numel() + grad_y.numel() + weights.numel())
+    num_flops = 2 * rows * hidden * width
+    yield Case(
+        f"grouped_linear forward, {spread}",
+        shape,
+        num_bytes,
+        lambda: op.grouped_linear(x, weights, ends),
+        {
+            "loop": lambda: reference.grouped_linear(x, weights, ends),
+            "one matrix": lambda: x @ weights[0].t(),
+        },
+        num_flops=num_flops,
+    )
+    yield Case(
+        f"grouped_linear dgrad, {spread}",
+        shape,
+        num_bytes,
+        lambda: op.grouped_linear_dgrad(grad_y, weights, ends),
+        {
+            "loop": lambda: reference.grouped_linear_dgrad(grad_y, weights, ends),
+            "one matrix": lambda: grad_y @ weights[0],
+        },
+        num_flops=num_flops,
+    )
+    yield Case(
+        f"grouped_linear wgrad, {spread}",
+        shape,
+        num_bytes - 2 * weights.numel() + 8 * main_grad.numel(),
+        lambda: op.grouped_linear_wgrad_(main_grad, grad_y, x, ends),
+        {
+            "loop": lambda: reference.grouped_linear_wgrad_(main_grad, grad_y, x, ends),
+            "grouped_mm, then add": lambda: main_grad.add_(grouped_mm(grad_y.t(), x, offs=ends)),
+        },
+        num_flops=num_flops,
     )

@@ -26,19 +26,20 @@ LAYOUTS = {
     "as it comes": (),
     "weight gradients later": ("parallel.schedule=zb_h1",),
     "recomputed": ("parallel.recompute=[moe,mla_up_projection]",),
+    "two expert ranks": ("parallel.ep=2",),
 }
 # Sums of at most some hundred products of fp32 (6e-8 each), in another order, through two layers
 # and back, over the largest gradient of a tensor.
 TOLERANCE = 1e-5
 MICROBATCHES = 2
 
-Step = Callable[..., Stepped]
+Step = Callable[..., list[Stepped]]  # by rank
 
 
 def config_of(layout: str, *fields: str) -> RunConfig:
     """Two layers, with the given ops through kernels."""
     return pipeline_config(
-        1,
+        2 if layout == "two expert ranks" else 1,
         "model.num_layers=2",
         "recipe.sequence_length=16",
         *LAYOUTS[layout],
@@ -64,18 +65,20 @@ def refusal_of(rank: int, config: RunConfig, kernels: Path) -> str:
 def step(world: World) -> Step:
     """A step under a layout, through a library or through torch, of the given ops."""
 
-    def run(layout: str, kernels: Path | None, *fields: str) -> Stepped:
-        return world.run(step_of, 1, config_of(layout, *fields), kernels)[0]
+    def run(layout: str, kernels: Path | None, *fields: str) -> list[Stepped]:
+        config = config_of(layout, *fields)
+        return world.run(step_of, config.parallel.world_size, config, kernels)
 
     return run
 
 
-def deviation(found: Stepped, expected: Stepped) -> float:
+def deviation(found: list[Stepped], expected: list[Stepped]) -> float:
     """Largest of a loss, over the loss, or of a tensor's gradient, over its largest."""
-    ours, theirs = (whole_gradients([each.gradients]) for each in (found, expected))
+    ours, theirs = (whole_gradients(rank.gradients for rank in run) for run in (found, expected))
     assert ours.keys() == theirs.keys()
     pairs = [(ours[name], theirs[name]) for name in theirs]
-    pairs.append((torch.tensor(found.losses), torch.tensor(expected.losses)))
+    losses = [torch.tensor([rank.losses for rank in run]) for run in (found, expected)]
+    pairs.append((losses[0], losses[1]))
     return max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
 
 
@@ -83,8 +86,10 @@ def deviation(found: Stepped, expected: Stepped) -> float:
 def test_a_step_is_that_of_torch(step: Step, emulated_library: Path, layout: str) -> None:
     found = step(layout, emulated_library, *FIELDS)
     expected = step(layout, None)
-    assert found.num_deferred == expected.num_deferred
-    assert all(bool(each.any()) for each in expected.gradients.values())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.num_deferred == theirs.num_deferred
+        assert bool(ours.num_deferred) == (layout == "weight gradients later")
+        assert all(bool(each.any()) for each in theirs.gradients.values())
     assert deviation(found, expected) < TOLERANCE
 
 

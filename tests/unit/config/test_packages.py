@@ -49,6 +49,13 @@ def test_an_op_that_is_asked_for_and_missing_is_told_by_the_table(
     assert str(PACKAGES[choice].why_missing()) in str(refused.value)
 
 
+def test_no_kernel_of_ours_is_picked_before_one_was_measured() -> None:
+    choices = choose(ParallelConfig(world_size=1), CUDA)
+    assert "kernel" not in {each.implementation for each in choices.values()}
+    assert choices["experts"].implementation == "grouped_mm"
+    assert "measured" in choices["experts"].reason
+
+
 @pytest.mark.parametrize("choice", ["te", "apex", "deepspeed_cpu"])
 def test_an_adamw_that_is_asked_for_and_missing_is_told_by_the_table(
     monkeypatch: pytest.MonkeyPatch, choice: str
