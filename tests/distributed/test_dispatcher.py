@@ -18,7 +18,7 @@ from dsv2_train.model.moe.dispatcher import ExpertParallelDispatch
 from dsv2_train.ops.kernels import TorchOrKernel
 from tests.helpers.host_reads import host_reads
 from tests.helpers.model import build_on_cpu, roughen
-from tests.helpers.moe_layer import layer_config
+from tests.helpers.moe_layer import Case, layer_config, layer_on_rank
 from tests.helpers.world import World
 
 NUM_EXPERTS, TOKENS = 8, 40
@@ -92,6 +92,37 @@ def test_by_kernels_the_sizes_of_the_exchange_alone_are_read(
         for one, other in zip(found, expected, strict=True):
             # Sums of at most 8 terms of size one.
             torch.testing.assert_close(one.detach(), other.detach(), rtol=1e-5, atol=1e-5)
+
+
+def _layer_by(
+    rank: int, library: Path, permute: str, ep: int, *overrides: str
+) -> tuple[dict[str, Any], float]:
+    """Output and gradients; assignments dropped."""
+    with emulated(library):
+        config = layer_config(ep, "fp32", f"parallel.permute={permute}", *overrides)
+        result = layer_on_rank(rank, config, Case(num_sequences=4, length=5, seed=0))
+    tensors = {"output": result.output, "hidden": result.hidden_gradient}
+    return {**tensors, **vars(result.gradients)}, result.num_dropped
+
+
+@pytest.mark.parametrize(
+    ("ep", "overrides"),
+    [
+        (1, ()),
+        (1, ("recipe.capacity_factor=0.5",)),
+        (2, ("recipe.capacity_factor=0.5", "parallel.recompute=[moe]")),
+    ],
+)
+def test_a_layer_learns_the_same_by_kernels(
+    world: World, emulated_library: Path, ep: int, overrides: tuple[str, ...]
+) -> None:
+    by_torch = world.run(_layer_by, ep, emulated_library, "torch", ep, *overrides)
+    by_kernels = world.run(_layer_by, ep, emulated_library, "kernel", ep, *overrides)
+    for (expected, dropped), (found, also_dropped) in zip(by_torch, by_kernels, strict=True):
+        # fp32 sums of a few terms of size one, perhaps in another order.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert dropped == also_dropped
+        assert (dropped > 0) == bool(overrides)
 
 
 class _FakeDeepEP:

@@ -110,13 +110,14 @@ class ExpertParallelDispatch:
         ranks = group.size()
         by_rank = routed.view(routed.size(0), ranks, routed.size(1) // ranks)
         copied = by_rank.any(dim=-1)
-        to_send = torch.stack([copied.sum(dim=0), by_rank.sum(dim=(0, 2))], dim=1)
+        expanded = routed.sum(dim=0).view(ranks, -1).sum(dim=1)
+        to_send = torch.stack([copied.sum(dim=0), expanded], dim=1)
         to_receive = torch.empty_like(to_send)
         with activity.waiting(Place.DISPATCH):
             dist.all_to_all_single(to_receive, to_send, group=group)
             sizes = torch.cat([to_send, to_receive], dim=1).t().tolist()
-        send, _, receive, expanded = sizes
-        self._implementation, self._num_rows = implementation, sum(expanded)
+        send, _, receive, num_rows = sizes
+        self._implementation, self._num_rows = implementation, sum(num_rows)
         self._copies = row_plan(copied, implementation, sum(send))
         marked = torch.where(routed, gates, _NOT_SELECTED).view(-1, by_rank.size(2))
         self._dispatch = Exchange(send, receive, group, Place.DISPATCH)
