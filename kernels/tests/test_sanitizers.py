@@ -49,6 +49,33 @@ MISTAKES = {
     "swiglu_gate: up's channels taken for g's": Mistake(
         "swiglu_gate.cu", "load(g + width + i)", "load(g + i)", "none", "error", "swiglu_gate"
     ),
+    "mla_rope: one vector of values too many": Mistake(
+        "mla_rope.cu",
+        "i < shape.heads * shape.value / kSize;",
+        "i <= shape.heads * shape.value / kSize;",
+        "address",
+        "heap-buffer-overflow",
+        "mla_rope",
+    ),
+    "mla_rope: a head of another sample": Mistake(
+        "mla_rope.cu",
+        "int64_t(sample()) * heads",
+        "int64_t(0) * heads",
+        "none",
+        "error",
+        "mla_rope",
+    ),
+    "mla_rope: the gradient turned forward": Mistake(
+        "mla_rope.cu", "shape, -1.0f)", "shape, 1.0f)", "none", "error", "mla_rope"
+    ),
+    "mla_rope: summed before all heads are": Mistake(
+        "mla_rope.cu",
+        "  __syncthreads();\n  if (group > 0)",
+        "  if (group > 0)",
+        "thread",
+        "data race",
+        "mla_rope",
+    ),
     "block_sum: read before all have written": Mistake(
         "common/reduce.cuh",
         "partial[warp] = value;\n  __syncthreads();",

@@ -121,6 +121,23 @@ void acquire(void* address) {
   (void)address;
 }
 
+// By the scheduler: no thread of the block wrote the pattern, all begin after it.
+char* allocate(size_t bytes) {
+#if defined(EMULATION_THREAD)
+  __tsan_switch_to_fiber(launch->scheduler.clock, __tsan_switch_to_fiber_no_sync);
+#endif
+  const size_t whole = (bytes + 63) / 64 * 64;
+  char* memory = static_cast<char*>(std::aligned_alloc(64, whole));
+  std::memset(memory, 0xff, bytes);
+  release(memory);
+#if defined(EMULATION_THREAD)
+  __tsan_switch_to_fiber(launch->thread->fiber.clock, __tsan_switch_to_fiber_no_sync);
+#elif defined(EMULATION_ADDRESS)
+  __asan_poison_memory_region(memory + bytes, whole - bytes);
+#endif
+  return memory;
+}
+
 void leave(State state) {
   Thread* thread = launch->thread;
   thread->state = state;
@@ -338,13 +355,8 @@ Lanes exchange(uint32_t mask, uint64_t value, Site site) {
 
 void* shared_memory(const void* key, size_t bytes) {
   char*& memory = launch->block->shared[key];
-  if (memory == nullptr) {
-    memory = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    std::memset(memory, 0xff, bytes);
-#if defined(EMULATION_ADDRESS)
-    __asan_poison_memory_region(memory + bytes, (bytes + 63) / 64 * 64 - bytes);
-#endif
-  }
+  if (memory == nullptr) memory = allocate(bytes);
+  acquire(memory);
   return memory;
 }
 

@@ -24,15 +24,19 @@ class Arguments:
         shape: Sequence[int | None],
         dtypes: Sequence[torch.dtype] = tuple(DTYPES),
         device: torch.device | None = None,
+        *,
+        strided: bool = False,
     ) -> None:
         """Refuse a tensor that a kernel cannot read.
 
         Args:
             name: of the argument.
-            tensor: contiguous, and 16-byte aligned.
+            tensor: 16-byte aligned, and contiguous unless it may be strided.
             shape: what its shape must be; None for a dimension that may be anything.
             dtypes: those that are supported.
             device: of the op's other tensors.
+            strided: whether all but the last dimension may have any strides that keep every row
+                16-byte aligned.
 
         Raises:
             ValueError, TypeError: naming op, argument, what was found and what is supported.
@@ -50,9 +54,15 @@ class Arguments:
             )
         if device is not None and tensor.device != device:
             raise ValueError(self._text(name, f"a tensor on {tensor.device}", str(device)))
-        if not tensor.is_contiguous():
+        supports = _has_aligned_rows if strided else Tensor.is_contiguous
+        if not supports(tensor):
             found = f"strides {tensor.stride()} for shape {list(tensor.shape)}"
-            raise ValueError(self._text(name, found, "a contiguous tensor"))
+            supported = "a contiguous tensor"
+            if strided:
+                supported = (
+                    f"1 in the last dimension, multiples of {_ALIGNMENT} bytes in the others"
+                )
+            raise ValueError(self._text(name, found, supported))
         if tensor.data_ptr() % _ALIGNMENT:
             found = f"an address of {tensor.data_ptr() % _ALIGNMENT} modulo {_ALIGNMENT}"
             raise ValueError(self._text(name, found, f"multiples of {_ALIGNMENT}"))
@@ -77,3 +87,17 @@ class Arguments:
 
     def _text(self, name: str, found: str, supported: str) -> str:
         return f"{self._op}: {name} has {found}; supported: {supported}"
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a kernel can read a strided tensor's rows 16 bytes at a time."""
+    return _has_aligned_rows(tensor) and tensor.data_ptr() % _ALIGNMENT == 0
+
+
+def _has_aligned_rows(tensor: Tensor) -> bool:
+    size = _ALIGNMENT // tensor.element_size()
+    *others, last = [
+        stride for stride, count in zip(tensor.stride(), tensor.shape, strict=True) if count > 1
+    ] or [1]
+    aligned = last == 1 and all(stride % size == 0 for stride in others)
+    return aligned or tensor.numel() == 0
