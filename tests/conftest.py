@@ -1,10 +1,12 @@
 """What every test gets: warnings are errors, except those named here; worlds of processes."""
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from dsv2_kernels.native.build import build_emulated
 from tests.helpers.world import World
 
 # Said by megatron-core and torch when they are imported; none concerns how we use them.
@@ -40,6 +42,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def soak(pytestconfig: pytest.Config) -> bool:
     """Whether trials are to be run at full count."""
     return bool(pytestconfig.getoption("--soak"))
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our kernels, compiled for this machine's processor."""
+    target = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    build_emulated(target)
+    return target
 
 
 @pytest.hookimpl(wrapper=True)

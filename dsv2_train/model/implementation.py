@@ -101,6 +101,17 @@ def _torch_or_kernel(
     return Choice(op, asked, "asked for")
 
 
+def _rope(op: str, asked: str, parallel: ParallelConfig, device: torch.device) -> Choice | Problem:
+    attention = _attention("attention", parallel.attention, parallel, device)
+    if isinstance(attention, Problem) or attention.implementation != "transformer_engine":
+        return _torch_or_kernel(op, asked, parallel, device)
+    if asked == "kernel":
+        remedy = "parallel.attention=sdpa leaves it to us"
+        told = f"megatron-core assembles the heads of transformer-engine's attention; {remedy}"
+        return Problem(f"parallel.{op}", asked, told)
+    return Choice(op, "megatron_core", "comes with transformer-engine's attention")
+
+
 def _why_no_deepep(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "no CUDA device"
@@ -119,5 +130,6 @@ _RULES: dict[str, Resolve] = {
     "attention": _attention,
     "experts": _experts,
     "activation": _torch_or_kernel,
+    "rope": _rope,
     "dispatcher": _dispatcher,
 }

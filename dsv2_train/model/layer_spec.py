@@ -27,6 +27,7 @@ from dsv2_train.model.modules.norms import LatentNorm, RMSNorm
 from dsv2_train.model.moe.experts import GroupedExperts
 from dsv2_train.model.moe.layer import MixtureOfExperts
 from dsv2_train.model.moe.router import DeviceLimitedRouter
+from dsv2_train.ops.attention import BACKENDS
 
 
 def block_spec(
@@ -62,6 +63,11 @@ class _Classes:
         self.norm: Any = RMSNorm
         self.attention: Any = LatentAttention
         self.core_attention: Any = NoCoreAttention
+        attention = choices["attention"].implementation
+        self.attention_params = {
+            "rope": choices["rope"].implementation,
+            "backend": attention if attention in BACKENDS else None,
+        }
         self.activation = choices["activation"].implementation
         if not any(choice.implementation == "transformer_engine" for choice in choices.values()):
             return
@@ -72,8 +78,9 @@ class _Classes:
             self.column, self.row = te.TEColumnParallelLinear, te.TERowParallelLinear
         if choices["norm"].implementation == "transformer_engine":
             self.norm = te.TENorm
-        if choices["attention"].implementation == "transformer_engine":
+        if attention == "transformer_engine":
             self.attention, self.core_attention = MLASelfAttention, te.TEDotProductAttention
+            self.attention_params = {}
 
 
 def _layer(model: ModelConfig, classes: _Classes, mlp: ModuleSpec) -> ModuleSpec:
@@ -93,7 +100,7 @@ def _layer(model: ModelConfig, classes: _Classes, mlp: ModuleSpec) -> ModuleSpec
 def _attention(model: ModelConfig, classes: _Classes) -> ModuleSpec:
     return ModuleSpec(
         module=classes.attention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal, **classes.attention_params},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=classes.column,
             linear_q_down_proj=classes.column,

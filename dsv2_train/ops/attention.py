@@ -7,10 +7,20 @@ causal_attention(q, k, v, softmax_scale) -> out
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Torch's on CUDA, by the names that the start-up table shows.
+BACKENDS = {
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
 
 # Queries per block on CPU. Scores of keys that come after a block are never computed; smaller
 # blocks waste less of the diagonal but make smaller products. 64 was the fastest of 32 to 256 for
@@ -18,7 +28,9 @@ from torch import Tensor
 _BLOCK = 64
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, backend: str | None = None
+) -> Tensor:
     """Scaled dot-product attention over each position's past and itself.
 
     Args:
@@ -26,27 +38,31 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> T
         k: [S, B, n, d].
         v: [S, B, n, w].
         softmax_scale: multiplies the scores.
+        backend: a key of `BACKENDS`, for CUDA tensors; None leaves it to torch.
 
     Returns:
         [S, B, n * w] in the dtype of the inputs.
 
     Note:
-        On CUDA torch's `scaled_dot_product_attention` picks a back end that takes the two widths.
-        On CPU that function is slow for unequal widths and computes both triangles; there the
-        attention runs in blocks of queries and keeps their softmax for the backward pass: about
-        B n S (S + 64) / 2 elements. No communication.
+        On CUDA torch's `scaled_dot_product_attention` computes it. On CPU that function is slow for
+        unequal widths and computes both triangles; there the attention runs in blocks of queries
+        and keeps their softmax for the backward pass: about B n S (S + 64) / 2 elements. No
+        communication.
     """
     if q.is_cuda:
-        return _fused_attention(q, k, v, softmax_scale)
+        return _fused_attention(q, k, v, softmax_scale, backend)
     out: Tensor = _BlockedAttention.apply(q, k, v, softmax_scale)
     return out
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, backend: str | None
+) -> Tensor:
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=softmax_scale
-    )
+    with nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend]):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=softmax_scale
+        )
     return out.permute(2, 0, 1, 3).flatten(2)
 
 

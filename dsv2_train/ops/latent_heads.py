@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv2_train.ops.kernels import TorchOrKernel
+
 
 def latent_heads(
-    q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    implementation: TorchOrKernel = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate the rope channels and give every key head the one shared rotated key (eq. 39 to 45).
 
@@ -24,13 +31,20 @@ def latent_heads(
         k_rope: [S, B, r], the key channels that all heads share.
         cos: [S, r / 2], any factor of the rotation included.
         sin: [S, r / 2].
+        implementation: which code computes them; `kernel` takes CUDA tensors, q and kv contiguous,
+            and fp32 cos and sin.
 
     Returns:
         q and k [S, B, n, c + r], v [S, B, n, w]: views of memory in which a head's positions are
         consecutive, as attention reads them. Dtype of `q`; rotation in the wider of it and `cos`.
     """
-    heads: tuple[Tensor, Tensor, Tensor] = _LatentHeads.apply(q, kv, k_rope, cos, sin)
-    return heads
+    if implementation == "torch":
+        heads: tuple[Tensor, Tensor, Tensor] = _LatentHeads.apply(q, kv, k_rope, cos, sin)
+        return heads
+    # Optional package: importable only where the kernels are installed.
+    from dsv2_kernels.mla_rope import mla_rope  # noqa: PLC0415
+
+    return mla_rope(q, kv, k_rope, cos, sin)
 
 
 class _LatentHeads(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from dsv2_train.checkpoint.disk.retention import Retention
 from dsv2_train.checkpoint.disk.state import GuardState, TrainState
 from dsv2_train.checkpoint.manager import CheckpointManager
+from dsv2_train.checkpoint.ranks import RankGroup
 from dsv2_train.checkpoint.staging import Staging
 from dsv2_train.config.run import RunConfig
 from dsv2_train.data.loader import Split, open_split
@@ -19,6 +20,7 @@ from dsv2_train.distributed.env import Env
 from dsv2_train.model.build import build_model
 from dsv2_train.model.gpt import DeepSeekV2Model
 from dsv2_train.model.implementation import Choice, choose
+from dsv2_train.model.sdpa import measure_sdpa
 from dsv2_train.monitor.monitor import Monitor
 from dsv2_train.monitor.ranks.watch import RankWatch
 from dsv2_train.monitor.report import StartUp, start_up_table
@@ -63,6 +65,10 @@ def build_run(config: RunConfig, env: Env) -> Run:
     choices = choose(config.parallel, env.device)
     timeout_s = config.cluster.group_timeout_s
     groups = process_groups.build(config.parallel, timeout_s)
+    hosts = process_groups.build_hosts(timeout_s)
+    choices["attention"] = RankGroup(hosts).on_rank0(
+        lambda: measure_sdpa(choices["attention"], config, env.device)
+    )
     models = [
         build_model(config, groups, choices, env.device, chunk)
         for chunk in range(config.parallel.chunks)
@@ -70,7 +76,6 @@ def build_run(config: RunConfig, env: Env) -> Run:
     chunks = [wrap(model, config.parallel, config.recipe.precision, groups) for model in models]
     adam = choose_adam(config.optim.adam, env.device)
     optimizer = build_optimizer(chunks, config.optim, adam, groups)
-    hosts = process_groups.build_hosts(timeout_s)
     fence = Fence(config.run.folder, said_by_launcher(ATTEMPT, hosts))
     checkpoints = _checkpoints(config, optimizer, hosts, fence)
     state = begin_or_go_on(config, checkpoints, optimizer)

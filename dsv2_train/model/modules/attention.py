@@ -8,6 +8,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
 from dsv2_train.ops.attention import causal_attention
+from dsv2_train.ops.kernels import TorchOrKernel
 from dsv2_train.ops.latent_heads import latent_heads
 
 
@@ -25,6 +26,18 @@ class LatentAttention(MLASelfAttention):
     copies each of them several times. Attention is causal over the whole sample: documents in it
     are not masked from each other (the paper names no mask).
     """
+
+    def __init__(self, *args: Any, rope: TorchOrKernel, backend: str | None, **kwargs: Any) -> None:
+        """Add to megatron-core's arguments which code computes what is ours.
+
+        Args:
+            args: megatron-core's.
+            rope: rotates and assembles the heads.
+            backend: of attention on CUDA; None leaves it to torch.
+            kwargs: megatron-core's.
+        """
+        super().__init__(*args, **kwargs)
+        self.rope, self.backend = rope, backend
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
@@ -49,7 +62,7 @@ class LatentAttention(MLASelfAttention):
             attended = self._attend_and_discard_heads(query_source, latents)
         else:
             query, key, value = self._heads(query_source, latents)
-            attended = causal_attention(query, key, value, self.softmax_scale)
+            attended = self._attend(query, key, value)
         return self.linear_proj(attended)[0], None
 
     def _heads(self, query_source: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,13 +81,16 @@ class LatentAttention(MLASelfAttention):
         kv_latent, k_rope = latents.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
         kv, _ = self.linear_kv_up_proj(self.kv_layernorm(kv_latent))
         cos, sin = self._rotation(latents.size(0))
-        return latent_heads(query, kv.view(head_shape), k_rope, cos, sin)
+        return latent_heads(query, kv.view(head_shape), k_rope, cos, sin, self.rope)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return causal_attention(query, key, value, self.softmax_scale, self.backend)
 
     def _attend_and_discard_heads(self, query_source: Tensor, latents: Tensor) -> Tensor:
         """Attention whose heads are computed again when its gradient has come."""
         up_projection = CheckpointWithoutOutput(fp8=None)  # its default asks for FP8
         query, key, value = up_projection.checkpoint(self._heads, query_source, latents)
-        attended = causal_attention(query, key, value, self.softmax_scale)
+        attended = self._attend(query, key, value)
         up_projection.discard_output_and_register_recompute(attended)
         return attended
 

@@ -1,9 +1,13 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from dsv2_kernels.native import library
+from dsv2_kernels.testing.numeric import assert_as_good
+from dsv2_train.ops.kernels import TorchOrKernel
 from dsv2_train.ops.latent_heads import latent_heads
 
 S, B, HEADS, NOPE, ROPE, VALUE = 3, 2, 2, 3, 4, 2
@@ -73,3 +77,29 @@ def test_rotates_in_the_precision_of_the_angles(dtype: torch.dtype) -> None:
     (q_heads.sum() + k_heads.sum()).backward()
     assert q.grad is not None and q.grad.dtype == dtype
     assert k_rope.grad is not None and k_rope.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernel_is_as_good_as_torch(emulated_library: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    shapes = ((3, 2, 4, 24), (3, 2, 4, 24), (3, 2, 32))
+    # Values that every dtype holds.
+    parts = [torch.randn(shape).to(torch.bfloat16) for shape in shapes]
+    angles = torch.randn(3, 4)
+
+    def run(implementation: TorchOrKernel, dtype: torch.dtype) -> list[Tensor]:
+        q, kv, latents = (part.to(dtype, copy=True).requires_grad_() for part in parts)
+        turns = [turn.to(torch.promote_types(dtype, torch.float32)) for turn in cosines_and_sines]
+        heads = latent_heads(q, kv, latents[..., 24:], *turns, implementation)
+        # Not ones: their sum over heads has no rounding.
+        sum((each * each.detach()).sum() for each in heads).backward()
+        return [*(each.detach() for each in heads), *(leaf.grad for leaf in (q, kv, latents))]
+
+    cosines_and_sines = angles.cos(), angles.sin()
+    with library.emulated(emulated_library):
+        found = run("kernel", dtype)
+    for ours, naive, exact in zip(
+        found, run("torch", dtype), run("torch", torch.float64), strict=True
+    ):
+        assert ours.stride() == naive.stride()
+        assert_as_good(ours, naive, exact)
