@@ -1,8 +1,9 @@
 """Query, key and value heads, at the sizes of DeepSeek-V2's attention."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from dsv2_kernels import mla_rope as op
 from dsv2_kernels.reference import mla_rope as reference
@@ -18,30 +19,21 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
     kv = torch.randn(tokens, 1, HEADS, NOPE + VALUE, **bf16)
     k_rope = torch.randn(tokens, 1, LATENT + ROPE, **bf16)[..., LATENT:]
     angles = torch.randn(tokens, ROPE // 2, device=device)
-    parts = (q, kv, k_rope, angles.cos(), angles.sin())
+    parts = [q, kv, k_rope, angles.cos(), angles.sin()]
     grads = [
         torch.randn(1, HEADS, tokens, width, **bf16).permute(2, 0, 1, 3)
         for width in (NOPE + ROPE, NOPE + ROPE, VALUE)
     ]
     shape = {"tokens": tokens, "heads": HEADS, "nope": NOPE, "rope": ROPE, "value": VALUE}
     num_bytes = sum(each.nbytes for each in (*parts, *grads))
-    num_value_bytes = 2 * grads[2].nbytes
+    yield Case("mla_rope forward", shape, num_bytes, lambda: op.mla_rope(*parts), _peers(parts))
     compiled = torch.compile(reference.mla_rope)
-    # The reference returns a view of the values.
-    peers = {"eager": lambda: reference.mla_rope(*parts), "compiled": lambda: compiled(*parts)}
-    yield Case(
-        "mla_rope forward",
-        shape,
-        num_bytes,
-        lambda: op.mla_rope(*parts),
-        {"eager": lambda: [each.contiguous() for each in reference.mla_rope(*parts)]},
-    )
     yield Case(
         "mla_rope forward, values left alone",
         shape,
-        num_bytes - num_value_bytes,
+        num_bytes - 2 * grads[2].nbytes,
         lambda: op.mla_rope(*parts, copies_v=False),
-        peers,
+        {"eager": lambda: reference.mla_rope(*parts), "compiled": lambda: compiled(*parts)},
     )
     compiled_backward = torch.compile(reference.mla_rope_backward)
     yield Case(
@@ -54,3 +46,11 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
             "compiled": lambda: compiled_backward(*grads, *parts[3:]),
         },
     )
+
+
+def _peers(parts: list[Tensor]) -> dict[str, Callable[[], object]]:
+    def copied() -> tuple[Tensor, Tensor, Tensor]:
+        q_heads, k_heads, v_heads = reference.mla_rope(*parts)
+        return q_heads, k_heads, v_heads.contiguous()
+
+    return {"eager": copied, "compiled": torch.compile(copied)}

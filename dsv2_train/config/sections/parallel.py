@@ -20,10 +20,12 @@ class ParallelConfig(Section):
     `layers_per_chunk` are those of all pieces in the order of the model, if not the same number
     each. `max_activations` bounds the chunk activations that a stage holds where `schedule=search`;
     pp chunks if not given, what 1F1B holds.
-    `experts` multiplies tokens with their experts' weights; `activation` is that of the experts and
-    of the other feed-forward parts; `rope` rotates and assembles attention's heads; `permute`
-    brings rows into the order of the experts, and back. `kernel` is the project's own CUDA kernel,
-    which `auto` does not pick: none was measured on a GPU yet.
+    `attention` by `sdpa` is torch's, on a GPU by that of its back ends which is fastest at the
+    start. `rope` rotates and assembles attention's heads, but for `te`, whose heads megatron-core
+    assembles. `experts` multiplies tokens with their experts' weights, `activation` is that of the
+    experts and of the other feed-forward parts, `permute` brings rows into the order of the experts
+    and back. `kernel` is the project's own CUDA kernel, which `auto` does not pick: none was
+    measured on a GPU yet.
     `dispatcher` exchanges tokens between expert ranks; with `overlap_shared_experts` the shared
     experts compute meanwhile. `recompute` names what the backward pass computes again instead of
     keeping it: `moe` all of a mixture of experts behind its routing, exchange included;

@@ -1,4 +1,5 @@
 import math
+import warnings
 from unittest import mock
 
 import pytest
@@ -82,6 +83,19 @@ def test_lower_precision_stays_near_fp64(dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     # Scores (size up to ~6) and weights are rounded to the dtype once each.
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+def test_a_back_end_is_used_or_refuses() -> None:
+    """On a CPU torch has plain operations, and nothing of cuDNN."""
+    torch.manual_seed(0)
+    q, k, v = random_heads(9, 2, 3, 6), random_heads(9, 2, 3, 6), random_heads(9, 2, 3, 4)
+    expected = causal_attention(q, k, v, 0.4)
+    # fp64 sums of at most 9 terms of size 1.
+    found = attention._fused_attention(q, k, v, 0.4, "sdpa_math")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="No viable backend"):
+        warnings.simplefilter("ignore")  # of each reason
+        attention._fused_attention(q, k, v, 0.4, "sdpa_cudnn")
 
 
 @pytest.mark.gpu

@@ -88,7 +88,7 @@ def test_kernel_is_as_good_as_torch(emulated_library: Path, dtype: torch.dtype) 
     angles = torch.randn(3, 4)
 
     def run(implementation: TorchOrKernel, dtype: torch.dtype) -> list[Tensor]:
-        q, kv, latents = (part.to(dtype).requires_grad_() for part in parts)
+        q, kv, latents = (part.to(dtype, copy=True).requires_grad_() for part in parts)
         turns = [turn.to(torch.promote_types(dtype, torch.float32)) for turn in cosines_and_sines]
         heads = latent_heads(q, kv, latents[..., 24:], *turns, implementation)
         # Not ones: their sum over heads has no rounding.
