@@ -117,6 +117,7 @@ _RULES: dict[str, Resolve] = {
     "linear": _torch_or_te("torch"),
     "norm": _torch_or_te("torch"),
     "attention": _attention,
+    "routing": _torch_or_kernel,
     "experts": _experts,
     "activation": _torch_or_kernel,
     "dispatcher": _dispatcher,

@@ -20,8 +20,9 @@ class ParallelConfig(Section):
     `layers_per_chunk` are those of all pieces in the order of the model, if not the same number
     each. `max_activations` bounds the chunk activations that a stage holds where `schedule=search`;
     pp chunks if not given, what 1F1B holds.
-    `activation` is that of the experts and of the other feed-forward parts. `kernel` is the
-    project's own CUDA kernel, which `auto` does not pick: none was measured on a GPU yet.
+    `routing` is what the gate's logits lead to; `activation` is that of the experts and of the
+    other feed-forward parts. `kernel` is the project's own CUDA kernel, which `auto` does not pick:
+    none was measured on a GPU yet.
     `dispatcher` exchanges tokens between expert ranks; with `overlap_shared_experts` the shared
     experts compute meanwhile. `recompute` names what the backward pass computes again instead of
     keeping it: `moe` all of a mixture of experts behind its routing, exchange included;
@@ -43,6 +44,7 @@ class ParallelConfig(Section):
     linear: Literal["auto", "torch", "te"] = "auto"
     norm: Literal["auto", "torch", "te"] = "auto"
     attention: Literal["auto", "sdpa", "te"] = "auto"
+    routing: TorchOrKernel = "auto"
     experts: Literal["auto", "loop", "grouped_mm"] = "auto"
     activation: TorchOrKernel = "auto"
     dispatcher: Literal["device_dedup", "megatron_alltoall", "deepep"] = "device_dedup"

@@ -67,6 +67,9 @@ struct Launch {
   void (*body)(void*);
   void* argument;
   Fiber scheduler;
+#if defined(EMULATION_THREAD)
+  void* allocator_clock = nullptr;
+#endif
   std::unique_ptr<Block> block;
   Thread* thread = nullptr;
   bool failed = false;
@@ -275,6 +278,7 @@ int run(Grid grid, void (*body)(void*), void* argument) {
   // and each inherits what the fiber knows that makes it.
   launch->scheduler.clock = __tsan_get_current_fiber();
   void* undertaker = __tsan_create_fiber(0);
+  launch->allocator_clock = __tsan_create_fiber(0);
 #endif
   const Index count = grid.blocks;
   bool backwards = false;
@@ -297,6 +301,7 @@ int run(Grid grid, void (*body)(void*), void* argument) {
   acquire(launch);
 #if defined(EMULATION_THREAD)
   __tsan_destroy_fiber(undertaker);
+  __tsan_destroy_fiber(launch->allocator_clock);
 #endif
   const bool failed = launch->failed;
   launch = nullptr;
@@ -339,12 +344,21 @@ Lanes exchange(uint32_t mask, uint64_t value, Site site) {
 void* shared_memory(const void* key, size_t bytes) {
   char*& memory = launch->block->shared[key];
   if (memory == nullptr) {
+#if defined(EMULATION_THREAD)
+    // By none of the block's threads: whoever comes first would tell the others what it did.
+    __tsan_switch_to_fiber(launch->allocator_clock, __tsan_switch_to_fiber_no_sync);
+#endif
     memory = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
     std::memset(memory, 0xff, bytes);
+    release(&memory);
+#if defined(EMULATION_THREAD)
+    __tsan_switch_to_fiber(launch->thread->fiber.clock, __tsan_switch_to_fiber_no_sync);
+#endif
 #if defined(EMULATION_ADDRESS)
     __asan_poison_memory_region(memory + bytes, (bytes + 63) / 64 * 64 - bytes);
 #endif
   }
+  acquire(&memory);
   return memory;
 }
 
