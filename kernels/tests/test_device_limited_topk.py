@@ -110,6 +110,24 @@ def exercise() -> None:
         check(logits_of(small, levels, torch.float32, cpu), small)
 
 
+def ask(device: torch.device) -> None:
+    """What torch asks of an op: schema, shapes without data, autograd."""
+    shape = (3, 2, 4, 3, 2, 3)
+    logits = logits_of(shape, None, torch.float32, device).requires_grad_()
+    arguments = (logits, *options_of(shape).values())
+    torch.library.opcheck(torch.ops.dsv2.device_limited_topk.default, arguments)
+    found = op.device_limited_topk(logits.detach(), **options_of(shape))
+    for sums in (None, found.affinity_sums):
+        torch.library.opcheck(
+            torch.ops.dsv2.device_limited_topk_backward.default,
+            (found.gates, found.affinities, found.experts, sums, 2.5, torch.bfloat16),
+        )
+
+
+def test_what_torch_asks_of_the_reference() -> None:
+    ask(torch.device("cpu"))
+
+
 def test_the_reference_against_plain_python() -> None:
     for shape in (DEEPSEEK_V2, (3, 2, 5, 3, 2, 6), (1, 1, 2, 3, 1, 2)):
         for levels in (None, 2):
@@ -215,16 +233,7 @@ def test_a_workspace_is_not_used_again_after_an_error(device: torch.device) -> N
 
 
 def test_what_torch_asks_of_an_op(device: torch.device) -> None:
-    shape = (3, 2, 4, 3, 2, 3)
-    logits = logits_of(shape, None, torch.float32, device).requires_grad_()
-    arguments = (logits, *options_of(shape).values())
-    torch.library.opcheck(torch.ops.dsv2.device_limited_topk.default, arguments)
-    found = op.device_limited_topk(logits.detach(), **options_of(shape))
-    for sums in (None, found.affinity_sums):
-        torch.library.opcheck(
-            torch.ops.dsv2.device_limited_topk_backward.default,
-            (found.gates, found.affinities, found.experts, sums, 2.5, torch.bfloat16),
-        )
+    ask(device)
 
 
 @pytest.mark.parametrize("used", ["gates", "affinity_sums", "both"])

@@ -56,7 +56,7 @@ def device_limited_topk_backward(
 
 def _best(scores: Tensor, count: int) -> Tensor:
     """[T, n] -> [T, count] int64, best first, ties to the lower index, NaNs before all."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
 
 
 def _marked(indices: Tensor, count: int) -> Tensor:

@@ -29,7 +29,14 @@ def test_every_package_is_a_choice() -> None:
 
 @pytest.mark.parametrize(
     ("field", "choice"),
-    [("linear", "te"), ("norm", "te"), ("attention", "te"), ("dispatcher", "deepep")],
+    [
+        ("linear", "te"),
+        ("norm", "te"),
+        ("attention", "te"),
+        ("dispatcher", "deepep"),
+        ("routing", "kernel"),
+        ("activation", "kernel"),
+    ],
 )
 def test_an_op_that_is_asked_for_and_missing_is_told_by_the_table(
     monkeypatch: pytest.MonkeyPatch, field: str, choice: str
