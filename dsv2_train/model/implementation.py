@@ -142,6 +142,7 @@ _RULES: dict[str, Resolve] = {
     "linear": _torch_or_te("torch"),
     "norm": _torch_or_te("torch"),
     "attention": _attention,
+    "routing": _torch_or_kernel,
     "experts": _experts,
     "activation": _torch_or_kernel,
     "rope": _rope,

@@ -1,5 +1,6 @@
 """DeepSeek-V2's layers as megatron-core specs (read against 0.16.1)."""
 
+from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -148,7 +149,7 @@ def _mixture(
             "permute": choices["permute"].implementation,
         },
         submodules=MoESubmodules(
-            router=DeviceLimitedRouter,
+            router=partial(DeviceLimitedRouter, implementation=choices["routing"].implementation),
             experts=ModuleSpec(module=GroupedExperts, params=routed),
             shared_experts=ModuleSpec(
                 module=SharedExperts, params=activation, submodules=_mlp_submodules(classes)

@@ -22,10 +22,10 @@ class ParallelConfig(Section):
     pp chunks if not given, what 1F1B holds.
     `attention` by `sdpa` is torch's, on a GPU by that of its back ends which is fastest at the
     start. `rope` rotates and assembles attention's heads, but for `te`, whose heads megatron-core
-    assembles. `experts` multiplies tokens with their experts' weights, `activation` is that of the
-    experts and of the other feed-forward parts, `permute` brings rows into the order of the experts
-    and back. `kernel` is the project's own CUDA kernel, which `auto` does not pick: none was
-    measured on a GPU yet.
+    assembles. `routing` is what the gate's logits lead to, `permute` brings rows into the order of
+    the experts and back, `experts` multiplies them with their experts' weights, `activation` is
+    that of the experts and of the other feed-forward parts. `kernel` is the project's own CUDA
+    kernel, which `auto` does not pick: none was measured on a GPU yet.
     `dispatcher` exchanges tokens between expert ranks; with `overlap_shared_experts` the shared
     experts compute meanwhile. `recompute` names what the backward pass computes again instead of
     keeping it: `moe` all of a mixture of experts behind its routing, exchange included;
@@ -47,6 +47,7 @@ class ParallelConfig(Section):
     linear: Literal["auto", "torch", "te"] = "auto"
     norm: Literal["auto", "torch", "te"] = "auto"
     attention: Literal["auto", "sdpa", "te"] = "auto"
+    routing: TorchOrKernel = "auto"
     experts: Literal["auto", "loop", "grouped_mm", "kernel"] = "auto"
     activation: TorchOrKernel = "auto"
     rope: TorchOrKernel = "auto"

@@ -36,16 +36,45 @@ def balance_losses(
     Note:
         Local to this rank's sequences; no communication. Gradient flows through `affinities` only.
     """
-    num_tokens, num_sequences, num_experts = affinities.shape
+    num_positions, num_sequences, num_experts = affinities.shape
     by_group = (num_sequences, num_device_groups, num_experts // num_device_groups)
-    counts = selected.sum(dim=0).to(affinities.dtype)
+    visited = selected.view(num_positions, *by_group).any(dim=-1)
+    return balance_losses_of_counts(
+        selected.sum(dim=0),
+        visited.sum(dim=0),
+        affinities.mean(dim=0),
+        num_positions,
+        num_limited_devices,
+    )
+
+
+def balance_losses_of_counts(
+    expert_counts: Tensor,
+    group_visits: Tensor,
+    expert_share: Tensor,
+    num_positions: int,
+    num_limited_devices: int,
+) -> BalanceLosses:
+    """The same from what was counted over each sequence.
+
+    Args:
+        expert_counts: [B, E] integer, tokens that selected the expert.
+        group_visits: [B, D] integer, tokens with an expert in the group.
+        expert_share: [B, E] float, mean affinities.
+        num_positions: S.
+        num_limited_devices: M.
+
+    Returns:
+        Three scalars of `expert_share`'s dtype, through which alone gradient flows.
+    """
+    num_experts, num_device_groups = expert_counts.size(1), group_visits.size(1)
+    by_group = (-1, num_device_groups, num_experts // num_device_groups)
+    counts = expert_counts.to(expert_share.dtype)
     expert_load = counts * num_experts / counts.sum(dim=-1, keepdim=True)
-    expert_share = affinities.mean(dim=0)
     device_load = expert_load.view(by_group).mean(dim=-1)
     device_share = expert_share.view(by_group).sum(dim=-1)
-    visited = selected.view(num_tokens, *by_group).any(dim=-1).sum(dim=0)
-    sent_load = visited.to(affinities.dtype) * (
-        num_device_groups / (num_limited_devices * num_tokens)
+    sent_load = group_visits.to(expert_share.dtype) * (
+        num_device_groups / (num_limited_devices * num_positions)
     )
     return BalanceLosses(
         expert=(expert_load * expert_share).sum(dim=-1).mean(),

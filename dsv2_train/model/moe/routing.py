@@ -65,7 +65,12 @@ def gate_values(affinities: Tensor, experts: Tensor, scaling_factor: float) -> T
         [T, E], zero where an expert was not selected; differentiable in `affinities`.
     """
     selected = affinities.gather(1, experts) * scaling_factor
-    return torch.zeros_like(affinities).scatter(1, experts, selected)
+    return gate_map(selected, experts, affinities.size(1))
+
+
+def gate_map(selected: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """[T, K] gate values of [T, K] expert ids -> [T, E], zero elsewhere; differentiable."""
+    return selected.new_zeros(selected.size(0), num_experts).scatter(1, experts, selected)
 
 
 def routing_map(experts: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:

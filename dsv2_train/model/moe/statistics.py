@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv2_train.model.moe.balance_losses import BalanceLosses
-from dsv2_train.model.moe.router import Routing
+from dsv2_train.model.moe.router import RoutedCounts, Routing
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,28 @@ def count(
     Note:
         No communication; nothing is read back to the host.
     """
-    selected, losses = routing.selected, routing.losses
-    num_tokens, num_experts = selected.shape
-    by_group = selected.view(num_tokens, num_device_groups, num_experts // num_device_groups)
+    losses, num_tokens = routing.losses, routing.selected.size(0)
+    counts = routing.counts or _routed_counts(routing, num_device_groups)
     zero = losses.expert.new_zeros((), dtype=torch.float64)
     return LayerStatistics(
-        expert_counts=selected.sum(dim=0),
-        reached_counts=by_group.any(dim=-1).sum(dim=0),
+        expert_counts=counts.expert_counts,
+        reached_counts=counts.reached_counts,
         balance_losses=torch.stack([losses.expert, losses.device, losses.communication]),
-        gate_entropy=torch.special.entr(routing.affinities).sum(),
+        gate_entropy=counts.gate_entropy,
         num_dropped_assignments=zero if kept is None else (~kept).sum(),
         num_exempt_tokens=zero if exempt is None else exempt.sum() * routing.affinities.size(0),
         num_tokens=zero + num_tokens,
         num_microbatches=zero + 1,
+        num_bad_tokens=counts.num_bad_tokens,
+    )
+
+
+def _routed_counts(routing: Routing, num_device_groups: int) -> RoutedCounts:
+    num_tokens, num_experts = routing.selected.shape
+    by_group = (num_tokens, num_device_groups, num_experts // num_device_groups)
+    return RoutedCounts(
+        expert_counts=routing.selected.sum(dim=0),
+        reached_counts=routing.selected.view(by_group).any(dim=-1).sum(dim=0),
+        gate_entropy=torch.special.entr(routing.affinities).sum(),
         num_bad_tokens=routing.affinities.isnan().any(dim=-1).sum(),
     )

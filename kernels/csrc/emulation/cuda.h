@@ -13,7 +13,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+// Inlined indeed: a local array that no call is given is known to be its thread's own.
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
 #define threadIdx emulation::thread_index()
@@ -35,6 +36,9 @@
 #define __ballot_sync(mask, predicate) emulation::ballot(mask, predicate, EMULATION_SITE)
 #define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
 #define __all_sync(mask, predicate) (__ballot_sync(mask, !(predicate)) == 0)
+#define __reduce_max_sync(mask, value) emulation::reduce_max(mask, value, EMULATION_SITE)
+#define __reduce_min_sync(mask, value) emulation::reduce_min(mask, value, EMULATION_SITE)
+#define __match_any_sync(mask, value) emulation::match_any(mask, value, EMULATION_SITE)
 
 #define SHARED_ARRAY(type, name, count)                                          \
   static const char name##_key = 0;                                              \
@@ -104,6 +108,11 @@ T atomicAdd(T* address, T value) {
   return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
 
+template <typename T>
+T atomicExch(T* address, T value) {
+  return __atomic_exchange_n(address, value, __ATOMIC_ACQ_REL);
+}
+
 namespace emulation {
 
 // A lane outside the warp gives a lane its own value, as the hardware.
@@ -127,6 +136,40 @@ inline uint32_t ballot(uint32_t mask, bool predicate, Site site) {
     if (lanes.mask >> lane & 1 && lanes.values[lane]) votes |= 1u << lane;
   }
   return votes;
+}
+
+template <typename T>
+T reduce_max(uint32_t mask, T value, Site site) {
+  static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
+  const Lanes lanes = exchange(mask, uint64_t(value), site);
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) value = std::max(value, T(lanes.values[lane]));
+  }
+  return value;
+}
+
+template <typename T>
+T reduce_min(uint32_t mask, T value, Site site) {
+  static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
+  const Lanes lanes = exchange(mask, uint64_t(value), site);
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) value = std::min(value, T(lanes.values[lane]));
+  }
+  return value;
+}
+
+// The lanes of the mask that have the calling lane's value.
+template <typename T>
+uint32_t match_any(uint32_t mask, T value, Site site) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  const Lanes lanes = exchange(mask, bits, site);
+  uint32_t same = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1 && lanes.values[lane] == bits) same |= 1u << lane;
+  }
+  return same;
 }
 
 template <typename Body>

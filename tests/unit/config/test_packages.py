@@ -35,6 +35,7 @@ def test_every_package_is_a_choice() -> None:
         ("attention", "te"),
         ("dispatcher", "deepep"),
         ("experts", "kernel"),
+        ("routing", "kernel"),
         ("activation", "kernel"),
     ],
 )

@@ -1,0 +1,53 @@
+"""The router from its logits on, as DeepSeek-V2's: six of 160 experts in three of eight groups."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from dsv2_kernels import device_limited_topk as op
+from dsv2_kernels.reference import device_limited_topk as reference
+from dsv2_kernels.testing.bench import Case
+
+EXPERTS, GROUPS, LIMIT, TOP_K, SCALE = 160, 8, 3, 6, 16.0
+
+
+def cases(tokens: int, device: torch.device) -> Iterator[Case]:
+    """Forward and backward over one sequence's fp32 logits, sums included."""
+    logits = torch.randn(tokens, EXPERTS, device=device)
+    shape = {"tokens": tokens, "experts": EXPERTS, "top_k": TOP_K}
+    yield Case(
+        "device_limited_topk forward",
+        shape,
+        tokens * (2 * EXPERTS * 4 + TOP_K * 12),
+        lambda: _routed(logits),
+        _peers(reference.device_limited_topk, (logits, 1, GROUPS, LIMIT, TOP_K, SCALE)),
+    )
+    routed = _routed(logits)
+    grad_gates, grad_sums = torch.randn_like(routed.gates), torch.randn_like(routed.affinity_sums)
+    inputs = (grad_gates, routed.affinities, routed.experts, grad_sums)
+    yield Case(
+        "device_limited_topk backward",
+        shape,
+        tokens * (2 * EXPERTS * 4 + TOP_K * 12),
+        lambda: op.device_limited_topk_backward(*inputs, scaling_factor=SCALE, dtype=logits.dtype),
+        _peers(reference.device_limited_topk_backward, (*inputs, SCALE, logits.dtype)),
+    )
+
+
+def _routed(logits: Tensor) -> op.DeviceLimitedTopk:
+    return op.device_limited_topk(
+        logits,
+        num_sequences=1,
+        num_groups=GROUPS,
+        num_limited=LIMIT,
+        top_k=TOP_K,
+        scaling_factor=SCALE,
+    )
+
+
+def _peers(
+    function: Callable[..., object], inputs: tuple[object, ...]
+) -> dict[str, Callable[[], object]]:
+    compiled = torch.compile(function)
+    return {"eager": lambda: function(*inputs), "compiled": lambda: compiled(*inputs)}
