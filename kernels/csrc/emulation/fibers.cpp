@@ -69,8 +69,6 @@ struct Launch {
   void (*body)(void*);
   void* argument;
   Fiber scheduler;
-#if defined(EMULATION_THREAD)
-#endif
   std::unique_ptr<Block> block;
   Thread* thread = nullptr;
   bool failed = false;
