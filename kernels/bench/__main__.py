@@ -9,7 +9,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,21 @@ def run(ops: list[str], tokens: list[int], device: torch.device, seconds: float)
         for count in tokens:
             # What is compiled is compiled for this very shape, as ours is.
             torch.compiler.reset()
-            for case in _cases(op, count, device):
-                found = case
-                if isinstance(case, bench.Case):
-                    found = bench.measure(case, timer, seconds, speeds)
+            made = importlib.import_module(f"bench.{op}").cases(count, device)
+            for found in _records(
+                op, made, lambda case: bench.measure(case, timer, seconds, speeds)
+            ):
                 cases.append({"op": op, "tokens": count, **found})
                 sys.stderr.write(f"{row(cases[-1])}\n")
     return {"machine": facts, "speeds": vars(speeds), "cases": cases}
 
 
-def _cases(op: str, tokens: int, device: torch.device) -> Iterator[bench.Case | dict[str, Any]]:
-    """Of one op; at last a record with the error where making them fails."""
+def _records(
+    op: str, cases: Iterator[bench.Case], measure: Callable[[bench.Case], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A record a case; at last one with the error where making or timing one fails."""
     try:
-        yield from importlib.import_module(f"bench.{op}").cases(tokens, device)
+        yield from map(measure, cases)
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         yield {"name": op, "shape": {}, "error": said, "peers": {}}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dsv2_train.distributed.activity import Place
 from dsv2_train.distributed.exchange import Exchange
 from dsv2_train.model.modules.mlp import SharedExperts
-from dsv2_train.ops import grouped_experts
+from dsv2_train.ops.moe import grouped_experts
 from tests.helpers.moe_layer import Case, layer_config, layer_on_rank
 from tests.helpers.world import World
 
