@@ -177,9 +177,7 @@ def test_an_op_that_fails_leaves_the_others(tmp_path: Path) -> None:
     shutil.copytree(KERNELS / "bench", folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in folder.glob("[!_]*.py"):
         path.unlink()
-    (folder / "a.py").write_text(
-        "def cases(tokens, device):\n    raise MemoryError('too little')\n"
-    )
+    (folder / "a.py").write_text("def cases(tokens, device): raise MemoryError('too little')\n")
     (folder / "b.py").write_text(
         "from dsv2_kernels.testing.bench import Case\n"
         "def cases(tokens, device):\n"
