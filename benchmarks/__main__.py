@@ -176,8 +176,9 @@ def _activity(repeats: int) -> None:
 
 def _layers(repeats: int) -> None:
     """One layer shaped as DeepSeek-V2's on a GPU; without one, that this program runs."""
-    found = layers.compare_all(_one_rank(), repeats)
-    print(f"\nwritten: {report.write('layers', found)}")
+    for found in layers.compare_all(_one_rank(), repeats):
+        written = report.write("layers", found)
+    print(f"\nwritten: {written}")
 
 
 def _bubble(repeats: int) -> None:

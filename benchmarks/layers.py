@@ -6,7 +6,7 @@ the gradients of weights to fp32 buffers, as training does; transformers leaves 
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,11 +111,12 @@ class LayerRow:
     busiest: float | None
 
 
-def compare_all(groups: ProcessGroupCollection, repeats: int) -> dict[str, Any]:
+def compare_all(groups: ProcessGroupCollection, repeats: int) -> Iterator[dict[str, Any]]:
     """Both kinds of layer on this machine's GPU; without one, tiny ones on the CPU.
 
     Returns:
-        Rows by kind and tokens, why contenders are missing, and where this was measured.
+        After each comparison all so far, since a lent machine may be taken away: rows by kind and
+        tokens, why contenders are missing, and where this was measured.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -129,15 +130,15 @@ def compare_all(groups: ProcessGroupCollection, repeats: int) -> dict[str, Any]:
         "missing": {},
     }
     del timer  # its buffer is of 1 GiB
-    for kind in KINDS:
-        for tokens in TOKENS if on_gpu else (64,):
+    for tokens in TOKENS if on_gpu else (64,):
+        for kind in KINDS:
             length, overrides = (LENGTH, {}) if on_gpu else (32, TINY)
             config = layer_config(tokens, length, overrides)
             title = f"{kind} layer, {tokens} tokens"
             rows, missing = compare_layers(kind, config, groups, device, repeats)
             show(title, rows, missing)
             found["layers"][title], found["missing"][title] = rows, missing
-    return found
+            yield found
 
 
 def show(title: str, rows: list[LayerRow], missing: dict[str, str]) -> None:

@@ -7,6 +7,7 @@
 # PYTHON   one that has torch and what the trainer imports                        (.venv/bin/python, or python3)
 # LIMIT_S  seconds that a part may take                                           (240)
 # STEPS    of each short training                                                 (20)
+# TOKENS   numbers of tokens at which kernels are timed                           (4096 16384)
 # DEVICE   cpu tries this script where no GPU is                                  (cuda)
 #
 # A part that fails is noted, and the next goes on; the status is 1 then.
@@ -43,8 +44,8 @@ train() { # name, overrides
   rm -rf "runs/$run"
 }
 
-bench=("$PYTHON" -m bench --out "$OUT/kernels.json")
-[[ "$DEVICE" == cuda ]] || bench+=(--device "$DEVICE" --tokens 16)
+read -ra tokens <<< "${TOKENS:-4096 16384}"
+bench=("$PYTHON" -m bench --device "$DEVICE" --tokens "${tokens[@]}" --out "$OUT/kernels.json")
 
 nvidia-smi 2>&1 | tee -a "$OUT/log.txt"
 ! command -v nvcc >/dev/null || part build "$PYTHON" -m dsv2_kernels.native.build cuda

@@ -9,7 +9,8 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,37 +51,39 @@ def main() -> int:
     if device.type == "cpu":
         arguments.seconds = 0.0
         torch.compiler.set_stance("force_eager")
-    results = run(arguments.ops or OPS, arguments.tokens, device, arguments.seconds)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    for results in run(arguments.ops or OPS, arguments.tokens, device, arguments.seconds):
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{table(results)}\n\nwritten: {arguments.out}")
     return int(any("error" in case for case in results["cases"]))
 
 
-def run(ops: list[str], tokens: list[int], device: torch.device, seconds: float) -> dict[str, Any]:
-    """Time ops; what goes into the file."""
+def run(
+    ops: list[str], tokens: list[int], device: torch.device, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Time ops; what goes into the file, anew after each case: the machine may be taken away."""
     torch.manual_seed(0)
     timer = machine.timer_of(device)
     speeds = machine.measure_speeds(device, timer, seconds)
     facts = machine.describe(device, ROOT)
-    cases = []
+    measure = partial(bench.measure, timer=timer, seconds=seconds, speeds=speeds)
+    cases: list[dict[str, Any]] = []
     for op in ops:
         for count in tokens:
             # What is compiled is compiled for this very shape, as ours is.
             torch.compiler.reset()
-            for case in _cases(op, count, device):
-                found = case
-                if isinstance(case, bench.Case):
-                    found = bench.measure(case, timer, seconds, speeds)
+            for found in _records(op, count, device, measure):
                 cases.append({"op": op, "tokens": count, **found})
                 sys.stderr.write(f"{row(cases[-1])}\n")
-    return {"machine": facts, "speeds": vars(speeds), "cases": cases}
+                yield {"machine": facts, "speeds": vars(speeds), "cases": cases}
 
 
-def _cases(op: str, tokens: int, device: torch.device) -> Iterator[bench.Case | dict[str, Any]]:
-    """Of one op; at last a record with the error where making them fails."""
+def _records(
+    op: str, tokens: int, device: torch.device, measure: Callable[[bench.Case], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A record a case; at last one with the error where making or timing one fails."""
     try:
-        yield from importlib.import_module(f"bench.{op}").cases(tokens, device)
+        yield from map(measure, importlib.import_module(f"bench.{op}").cases(tokens, device))
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         yield {"name": op, "shape": {}, "error": said, "peers": {}}

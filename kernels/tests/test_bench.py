@@ -1,10 +1,12 @@
 """The benchmark's arithmetic by hand, and the whole program once over the references on a CPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +86,69 @@ def test_turns_alternate_and_end_with_the_time() -> None:
     assert len(times["a"].us) == 100
 
 
+class Event:
+    """torch.cuda.Event over a list of what happened; it counts 2 ms for each thing."""
+
+    happened: list[str] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.place = 0
+
+    def record(self) -> None:
+        self.place = len(self.happened)
+
+    def synchronize(self) -> None:
+        self.happened.append("waited")
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 2.0 * (end.place - self.place)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A device whose tensors are the CPU's."""
+    properties = SimpleNamespace(
+        **{"name": "NVIDIA H100", "major": 9, "minor": 0, "total_memory": 80 << 30},
+        **{"L2_cache_size": 4096, "uuid": "ab-cd"},
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: Event.happened.append("waited"))
+    monkeypatch.setattr(timing, "_FLUSHED_BYTES", 1)
+    Event.happened.clear()
+    return properties
+
+
+def test_a_call_is_timed_between_events_behind_a_flush(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer = timing.CudaTimer(torch.device("cpu"))
+    assert timer._buffer.numel() == 4 * gpu.L2_cache_size
+    monkeypatch.setattr(
+        timer, "_buffer", SimpleNamespace(zero_=lambda: Event.happened.append("flushed"))
+    )
+    # Two of four things happen between the events, of 2 ms each.
+    us = timer(lambda: Event.happened.extend(["launched", "launched"]))
+    assert us == pytest.approx(4000)
+    assert Event.happened == ["flushed", "launched", "launched", "waited"]
+    assert isinstance(machine.timer_of(torch.device("cpu")), type(machine.clock))
+
+
+def test_a_gpu_is_described(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def ask(name: str, keep_busy: Callable[[], object]) -> dict[str, str]:
+        asked.append(name)
+        return {"clocks.sm": "1980"}
+
+    monkeypatch.setattr(machine, "ask_nvidia_smi", ask)
+    facts = machine.describe(torch.device("cuda"), KERNELS.parent)
+    assert asked == ["GPU-ab-cd"] and Event.happened == ["waited"]
+    assert (facts["device"], facts["capability"], facts["memory_gib"]) == ("NVIDIA H100", "9.0", 80)
+    assert facts["clocks"] == {"clocks.sm": "1980"}
+
+
 def program(path: Path, text: str) -> None:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
@@ -104,6 +169,29 @@ def test_clocks_are_asked_for_under_load(tmp_path: Path, monkeypatch: pytest.Mon
     for answer in ("echo nothing", "exit 6"):
         program(tmp_path / "nvidia-smi", answer)
         assert machine.ask_nvidia_smi("GPU-1", lambda: None) is None
+
+
+def test_an_op_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    """In a copy of the benchmarks with one op that has too little memory."""
+    folder = tmp_path / "bench"
+    shutil.copytree(KERNELS / "bench", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in folder.glob("[!_]*.py"):
+        path.unlink()
+    (folder / "a.py").write_text("def cases(tokens, device): raise MemoryError('too little')\n")
+    (folder / "b.py").write_text(
+        "from dsv2_kernels.testing.bench import Case\n"
+        "def cases(tokens, device):\n"
+        "    yield Case('b', {}, 8, lambda: None, {'broken': lambda: 1 / 0})\n"
+    )
+    command = [sys.executable, "-m", "bench", "--device=cpu", "--tokens=1", "--out=out.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    first, second = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert (first["op"], first["error"]) == ("a", "MemoryError: too little")
+    assert "error" not in second
+    assert second["peers"] == {"broken": {"error": "ZeroDivisionError: division by zero"}}
+    assert "| a | 1 | failed: MemoryError: too little |" in done.stdout
+    assert "broken failed" in done.stdout
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
