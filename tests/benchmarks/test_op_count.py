@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,8 +40,32 @@ def test_the_host_waits_for_the_number_of_rows_and_the_sizes_of_the_exchange(
         assert counts.reads <= known
 
 
-def _layer_with_capacity(rank: int, ep: int) -> Counts:
-    config = layer_config(ep, "fp32", "recipe.capacity_factor=1.0", "parallel.experts=grouped_mm")
+@pytest.mark.parametrize("ep", [1, 2])
+def test_with_our_kernels_it_waits_for_the_sizes_alone(
+    world: World, ep: int, emulated_library: Path
+) -> None:
+    """On one rank for nothing, but for what is left after dropping."""
+    known = Counter(item=1) if ep == 1 else Counter(tolist=1)
+    for counts in world.run(_layer_of_kernels, ep, ep, emulated_library):
+        assert counts.reads == known
+    if ep == 1:
+        (counts,) = world.run(
+            _layer_of_kernels, ep, ep, emulated_library, "recipe.capacity_factor=null"
+        )
+        assert counts.reads == Counter()
+
+
+def _layer_of_kernels(rank: int, ep: int, library: Path, *overrides: str) -> Counts:
+    from dsv2_kernels.native.library import emulated  # noqa: PLC0415  of tests that use kernels alone
+
+    kernels = [f"parallel.{op}=kernel" for op in ("routing", "permute", "activation")]
+    with emulated(library):
+        return _layer_with_capacity(rank, ep, *kernels, *overrides)
+
+
+def _layer_with_capacity(rank: int, ep: int, *overrides: str) -> Counts:
+    grouped = ("recipe.capacity_factor=1.0", "parallel.experts=grouped_mm")
+    config = layer_config(ep, "fp32", *grouped, *overrides)
     model, _ = build_on_cpu(config)
     layer = model.decoder.layers[1].mlp
     layer.exempt = torch.tensor([False, True])

@@ -143,7 +143,7 @@ T reduce_max(uint32_t mask, T value, Site site) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
   const Lanes lanes = exchange(mask, uint64_t(value), site);
   for (unsigned lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1) value = std::max(value, T(lanes.values[lane]));
+    if (lanes.mask >> lane & 1) value = std::max(value, T(lanes.values[lane]));
   }
   return value;
 }
@@ -153,7 +153,7 @@ T reduce_min(uint32_t mask, T value, Site site) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
   const Lanes lanes = exchange(mask, uint64_t(value), site);
   for (unsigned lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1) value = std::min(value, T(lanes.values[lane]));
+    if (lanes.mask >> lane & 1) value = std::min(value, T(lanes.values[lane]));
   }
   return value;
 }
@@ -167,7 +167,7 @@ uint32_t match_any(uint32_t mask, T value, Site site) {
   const Lanes lanes = exchange(mask, bits, site);
   uint32_t same = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1 && lanes.values[lane] == bits) same |= 1u << lane;
+    if (lanes.mask >> lane & 1 && lanes.values[lane] == bits) same |= 1u << lane;
   }
   return same;
 }
