@@ -23,14 +23,18 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Tensors on it go through the kernels."""
-    if request.param == "cuda":
-        missing = library.why_missing()
-        if missing:
-            pytest.skip(missing)
-        yield torch.device("cuda")
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """In a test that takes it, tensors on it go through the kernels: emulated on the CPU."""
+    if request.param == "cuda" and (missing := library.why_missing()):
+        pytest.skip(missing)
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "device" not in request.fixturenames or request.getfixturevalue("device").type == "cuda":
+        yield
         return
     with library.emulated(request.getfixturevalue("emulated_library")):
-        yield torch.device("cpu")
+        yield
