@@ -22,7 +22,7 @@ from benchmarks.timing import Ratio, Times, alternate, ratio
 from dsv2_kernels.testing import machine
 from dsv2_train.cli.resolve import resolve
 from dsv2_train.config.run import RunConfig
-from dsv2_train.config.sections.parallel import ParallelConfig, TorchOrKernel
+from dsv2_train.config.sections.parallel import KERNEL_SETTINGS
 from dsv2_train.model.build import build_model
 from dsv2_train.model.gpt import DeepSeekV2Model
 from dsv2_train.model.implementation import choose
@@ -44,10 +44,6 @@ _PARTS: dict[Kind, tuple[str, ...]] = {
     "moe": _MIXTURE,
     "transformer": ("attention_projections", "attention_core", *_MIXTURE),
 }
-# Settings that choose between torch and our kernels.
-_CHOICES = [
-    name for name, field in ParallelConfig.model_fields.items() if field.annotation == TorchOrKernel
-]
 
 _LAYER = {
     "experiment": "quickstart",
@@ -230,14 +226,14 @@ def contenders(
     """Layers with the same weights by name, ours first; why others are not there."""
     torch.compiler.reset()
     missing = {}
-    plain = _with(config, dict.fromkeys(_CHOICES, "torch"))
+    plain = _with(config, dict.fromkeys(KERNEL_SETTINGS, "auto"))
     model, ours = _ours(kind, plain, groups, device)
     layers = {OURS: ours}
     why = why_no_kernels(device)
     if why:
         missing[f"{OURS}, our kernels"] = why
     else:
-        kernels = _with(config, dict.fromkeys(_CHOICES, "kernel"))
+        kernels = _with(config, dict.fromkeys(KERNEL_SETTINGS, "kernel"))
         layers[f"{OURS}, our kernels"] = _ours(kind, kernels, groups, device)[1]
     recomputing = _with(plain, {"recompute": ("moe", "mla_up_projection")})
     layers[f"{OURS}, recomputing"] = _ours(kind, recomputing, groups, device)[1]

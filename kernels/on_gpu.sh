@@ -58,10 +58,9 @@ part "bench layers" "$PYTHON" -m benchmarks layers
 [[ -f data/stdlib/manifest.json ]] || part corpus "$PYTHON" -m dsv2_train.cli.main prepare --source stdlib --out data/stdlib
 train torch
 mapfile -t with_kernels < <("$PYTHON" -c '
-from dsv2_train.config.sections.parallel import ParallelConfig, TorchOrKernel
-for name, field in ParallelConfig.model_fields.items():
-    if field.annotation == TorchOrKernel:
-        print(f"parallel.{name}=kernel")
+from dsv2_train.config.sections.parallel import KERNEL_SETTINGS
+for name in KERNEL_SETTINGS:
+    print(f"parallel.{name}=kernel")
 ')
 train kernels "${with_kernels[@]}"
 if command -v compute-sanitizer >/dev/null; then

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -52,6 +53,23 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("emulated") / "kernels.so"
     build_emulated(target)
     return target
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are launched, one by one."""
+    # Optional package: importable only where the kernels are installed.
+    from dsv2_kernels.native import library  # noqa: PLC0415
+
+    names: list[str] = []
+    launch = library._call
+
+    def noted(path: object, name: str, *rest: Any) -> None:
+        names.append(name)
+        launch(path, name, *rest)
+
+    monkeypatch.setattr(library, "_call", noted)
+    return names
 
 
 @pytest.hookimpl(wrapper=True)

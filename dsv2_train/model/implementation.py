@@ -20,6 +20,8 @@ class Choice:
     reason: str
 
 
+_UNMEASURED = "no kernel of ours was measured on a GPU yet"
+
 Resolve = Callable[[str, str, ParallelConfig, torch.device], Choice | Problem]
 
 
@@ -47,9 +49,9 @@ def _torch_or_te(torch_name: str) -> Resolve:
     def resolve(
         op: str, asked: str, parallel: ParallelConfig, device: torch.device
     ) -> Choice | Problem:
-        missing = _why_no_te(device)
+        missing = _why_no("te", device)
         if asked == "te" and missing:
-            return Problem(f"parallel.{op}", asked, f"not possible here: {missing}")
+            return _refused(op, asked, missing)
         if asked == "te":
             return Choice(op, "transformer_engine", "asked for")
         if asked == torch_name:
@@ -75,8 +77,8 @@ def _dispatcher(
 ) -> Choice | Problem:
     if parallel.ep == 1 and asked == "device_dedup":
         return Choice(op, "none", "all experts of a layer are on one rank")
-    if asked == "deepep" and (missing := _why_no_deepep(device)):
-        return Problem(f"parallel.{op}", asked, f"not possible here: {missing}")
+    if asked == "deepep" and (missing := _why_no("deepep", device)):
+        return _refused(op, asked, missing)
     reason = "one copy of a token an expert rank" if asked == "device_dedup" else "asked for"
     return Choice(op, asked, reason)
 
@@ -89,8 +91,7 @@ def _experts(
     if asked != "auto":
         return Choice(op, asked, "asked for")
     if device.type == "cuda":
-        reason = "torch's grouped matmul; no kernel of ours was measured on a GPU yet"
-        return Choice(op, "grouped_mm", reason)
+        return Choice(op, "grouped_mm", f"torch's grouped matmul; {_UNMEASURED}")
     return Choice(op, "loop", "fastest on a CPU and flat in the number of experts")
 
 
@@ -98,9 +99,9 @@ def _torch_or_kernel(
     op: str, asked: str, parallel: ParallelConfig, device: torch.device
 ) -> Choice | Problem:
     if asked == "auto":
-        return Choice(op, "torch", "no kernel of ours was measured on a GPU yet")
+        return Choice(op, "torch", _UNMEASURED)
     if asked == "kernel" and (missing := why_no_kernels(device)):
-        return Problem(f"parallel.{op}", asked, f"not possible here: {missing}")
+        return _refused(op, asked, missing)
     return Choice(op, asked, "asked for")
 
 
@@ -110,8 +111,8 @@ def _rope(op: str, asked: str, parallel: ParallelConfig, device: torch.device) -
         return _torch_or_kernel(op, asked, parallel, device)
     if asked == "kernel":
         remedy = "parallel.attention=sdpa leaves it to us"
-        told = f"megatron-core assembles the heads of transformer-engine's attention; {remedy}"
-        return Problem(f"parallel.{op}", asked, told)
+        why = f"megatron-core assembles the heads of transformer-engine's attention; {remedy}"
+        return _refused(op, asked, why)
     return Choice(op, "megatron_core", "comes with transformer-engine's attention")
 
 
@@ -121,21 +122,18 @@ def _permute(
     if parallel.dispatcher == "device_dedup":
         return _torch_or_kernel(op, asked, parallel, device)
     if asked == "kernel":
-        allowed = f"not possible here: dispatcher={parallel.dispatcher} orders rows itself"
-        return Problem(f"parallel.{op}", asked, allowed)
+        return _refused(op, asked, f"dispatcher={parallel.dispatcher} orders rows itself")
     return Choice(op, "megatron_core", f"part of dispatcher={parallel.dispatcher}")
 
 
-def _why_no_deepep(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "no CUDA device"
-    return PACKAGES["deepep"].why_missing()
+def _refused(op: str, asked: str, why: str) -> Problem:
+    return Problem(f"parallel.{op}", asked, f"not possible here: {why}")
 
 
-def _why_no_te(device: torch.device) -> str | None:
+def _why_no(package: str, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "no CUDA device"
-    return PACKAGES["te"].why_missing()
+    return PACKAGES[package].why_missing()
 
 
 _RULES: dict[str, Resolve] = {

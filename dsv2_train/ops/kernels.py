@@ -14,8 +14,7 @@ def why_no_kernels(device: torch.device) -> str | None:
     missing = PACKAGES["kernel"].why_missing()
     if missing:
         return missing
-    # Optional package: importable only where the kernels are installed.
-    from dsv2_kernels.native import library  # noqa: PLC0415
+    from dsv2_kernels.native import library
 
     if device.type == "cpu" and library.is_emulating():
         return None

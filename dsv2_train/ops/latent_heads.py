@@ -41,8 +41,7 @@ def latent_heads(
     if implementation == "torch":
         heads: tuple[Tensor, Tensor, Tensor] = _LatentHeads.apply(q, kv, k_rope, cos, sin)
         return heads
-    # Optional package: importable only where the kernels are installed.
-    from dsv2_kernels.mla_rope import mla_rope  # noqa: PLC0415
+    from dsv2_kernels.mla_rope import mla_rope
 
     return mla_rope(q, kv, k_rope, cos, sin)
 

@@ -31,8 +31,7 @@ def gated_activation(implementation: TorchOrKernel) -> GatedActivation:
     """The functions of an implementation; `kernel` takes CUDA tensors and fp32 gates."""
     if implementation == "torch":
         return GatedActivation(_gated, _gated_backward)
-    # Optional package: importable only where the kernels are installed.
-    from dsv2_kernels import swiglu_gate  # noqa: PLC0415
+    from dsv2_kernels import swiglu_gate
 
     return GatedActivation(swiglu_gate.swiglu_gate, swiglu_gate.swiglu_gate_backward)
 
@@ -50,8 +49,7 @@ def swiglu(projected: Tensor, implementation: TorchOrKernel = "torch") -> Tensor
     if implementation == "torch":
         activation: Tensor = _SwiGLU.apply(projected)
         return activation
-    # Optional package: importable only where the kernels are installed.
-    from dsv2_kernels.swiglu_gate import swiglu_gate  # noqa: PLC0415
+    from dsv2_kernels.swiglu_gate import swiglu_gate
 
     return swiglu_gate(projected.flatten(0, -2)).view(*projected.shape[:-1], -1)
 

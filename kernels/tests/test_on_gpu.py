@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[1] / "on_gpu.sh"
 PYTHON = """#!/bin/sh
 echo "$@" >> "$CALLED"
 case "$*" in
-  *ParallelConfig*) echo parallel.activation=kernel ;;
+  *KERNEL_SETTINGS*) echo parallel.activation=kernel ;;
   *"$FAILS_AT"*) echo "this failed"; exit 7 ;;
   *$SLEEPS_AT*) exec sleep 60 ;;
 esac

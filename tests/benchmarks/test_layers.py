@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from benchmarks import layers
 from benchmarks.kernel_time import summary, work_of
 from dsv2_kernels.native import library
-from dsv2_kernels.native.build import build_emulated
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import cpu_ranks
 from dsv2_train.distributed import groups as process_groups
+from tests.helpers.kernels import OF_EXPERTS
 
 CPU = torch.device("cpu")
 TOKENS, LENGTH = 64, 32
@@ -57,24 +56,15 @@ def test_contenders_compute_the_same(kind: layers.Kind, groups: ProcessGroupColl
 
 
 def test_our_kernels_are_a_contender(
-    groups: ProcessGroupCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    groups: ProcessGroupCollection, emulated_library: Path, launched: list[str]
 ) -> None:
-    launched: list[str] = []
-    launch = library._call
-
-    def noted(_: object, name: str, *rest: Any) -> None:
-        launched.append(name)
-        launch(_, name, *rest)
-
-    monkeypatch.setattr(library, "_call", noted)
-    build_emulated(tmp_path / "kernels.so")
     hidden, gradient = layers.batch(CONFIG, CPU)
-    with library.emulated(tmp_path / "kernels.so"):
+    with library.emulated(emulated_library):
         found, missing = layers.contenders("moe", CONFIG, groups, CPU)
         expected = found[layers.OURS].step(hidden, gradient)
         assert not launched and not missing
         output = found["ours, our kernels"].step(hidden, gradient)
-    assert {"swiglu_gate_forward", "swiglu_gate_backward"} <= set(launched)
+    assert set(launched) >= OF_EXPERTS
     assert (output - expected).norm() < 2**-6 * expected.norm()
 
 

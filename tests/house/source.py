@@ -6,13 +6,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dsv2_train"
-PYTHON_FOLDERS = ("dsv2_train", "tests", "benchmarks")
+CUDA_SUFFIXES = {".cu", ".cuh", ".h", ".cpp"}
+PYTHON_FOLDERS = ("dsv2_train", "tests", "benchmarks", "kernels")
 
 
 def python_files(*folders: str) -> Iterator[Path]:
     """Python files below folders of the repository, all of them by default."""
     for folder in folders or PYTHON_FOLDERS:
         yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def cuda_files() -> Iterator[Path]:
+    """Sources of the kernels and of their emulation."""
+    sources = sorted((ROOT / "kernels" / "csrc").rglob("*"))
+    yield from (path for path in sources if path.suffix in CUDA_SUFFIXES)
 
 
 def tree(path: Path) -> ast.Module:

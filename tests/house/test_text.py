@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.source import ROOT, place, python_files, tree
+from tests.house.source import CUDA_SUFFIXES, ROOT, place, python_files, tree
 
-TEXT_SUFFIXES = {".py", ".sh", ".yaml", ".toml", ".md", ".txt", ".env", ""}
+TEXT_SUFFIXES = {".py", ".sh", ".yaml", ".toml", ".md", ".txt", ".env", ""} | CUDA_SUFFIXES
 TEXT_FOLDERS = (
     *("dsv2_train", "tests", "benchmarks", "configs", "docs"),
     "docker",
@@ -95,7 +95,7 @@ def test_no_module_has_state() -> None:
 
 
 def test_names_are_those_of_the_glossary() -> None:
-    files = python_files("dsv2_train", "benchmarks")
+    files = python_files("dsv2_train", "benchmarks", "kernels")
     assert [line for path in files for line in forbidden_names(path)] == []
 
 

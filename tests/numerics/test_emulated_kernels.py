@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -12,16 +11,11 @@ import torch
 from dsv2_kernels.native import library
 from dsv2_kernels.native.build import SOURCES, build_emulated
 from dsv2_train.config.run import RunConfig
-from dsv2_train.config.sections.parallel import ParallelConfig
+from dsv2_train.config.sections.parallel import KERNEL_SETTINGS
 from tests.helpers.gradients import whole_gradients
 from tests.helpers.pipeline import Stepped, pipeline_config, run_steps
 from tests.helpers.world import World
 
-FIELDS = [
-    name
-    for name, field in ParallelConfig.model_fields.items()
-    if "kernel" in get_args(field.annotation)
-]
 LAYOUTS = {
     "as it comes": (),
     "weight gradients later": ("parallel.schedule=zb_h1",),
@@ -84,7 +78,7 @@ def deviation(found: list[Stepped], expected: list[Stepped]) -> float:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_is_that_of_torch(step: Step, emulated_library: Path, layout: str) -> None:
-    found = step(layout, emulated_library, *FIELDS)
+    found = step(layout, emulated_library, *KERNEL_SETTINGS)
     expected = step(layout, None)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.num_deferred == theirs.num_deferred
@@ -93,7 +87,7 @@ def test_a_step_is_that_of_torch(step: Step, emulated_library: Path, layout: str
     assert deviation(found, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", KERNEL_SETTINGS)
 def test_what_is_asked_for_is_launched(world: World, tmp_path: Path, field: str) -> None:
     shutil.copytree(SOURCES, tmp_path / "csrc")
     for kernel in (tmp_path / "csrc").glob("*.cu"):

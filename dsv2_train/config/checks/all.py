@@ -6,6 +6,7 @@ from dataclasses import replace
 from dsv2_train.config.checks.batch import BATCH_CHECKS
 from dsv2_train.config.checks.choices import working_overrides
 from dsv2_train.config.checks.guards import GUARD_CHECKS
+from dsv2_train.config.checks.kernels import KERNEL_CHECKS
 from dsv2_train.config.checks.monitor import MONITOR_CHECKS
 from dsv2_train.config.checks.pipeline import PIPELINE_CHECKS
 from dsv2_train.config.problems import Check, Problem, passing_over_absent, value_at
@@ -172,6 +173,7 @@ _OTHERS: tuple[Check, ...] = (
     _a_hang_is_told_before_groups_give_up,
     _only_a_pruned_run_has_exceptions,
     *GUARD_CHECKS,
+    *KERNEL_CHECKS,
     _recomputed_once,
     _recompute_has_mixtures,
     _rope,

@@ -1,6 +1,6 @@
 """Layout: how the model is spread over ranks, and which code computes each op."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt
 
@@ -8,7 +8,7 @@ from dsv2_train.config.placement import Placement
 from dsv2_train.config.schedules import Schedule, placement_shape
 from dsv2_train.config.section import Section
 
-TorchOrKernel = Literal["auto", "torch", "kernel"]
+AutoTorchOrKernel = Literal["auto", "torch", "kernel"]
 Recomputed = Literal["moe", "mla_up_projection"]
 LayersPerChunk = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 
@@ -47,11 +47,11 @@ class ParallelConfig(Section):
     linear: Literal["auto", "torch", "te"] = "auto"
     norm: Literal["auto", "torch", "te"] = "auto"
     attention: Literal["auto", "sdpa", "te"] = "auto"
-    routing: TorchOrKernel = "auto"
+    routing: AutoTorchOrKernel = "auto"
     experts: Literal["auto", "loop", "grouped_mm", "kernel"] = "auto"
-    activation: TorchOrKernel = "auto"
-    rope: TorchOrKernel = "auto"
-    permute: TorchOrKernel = "auto"
+    activation: AutoTorchOrKernel = "auto"
+    rope: AutoTorchOrKernel = "auto"
+    permute: AutoTorchOrKernel = "auto"
     dispatcher: Literal["device_dedup", "megatron_alltoall", "deepep"] = "device_dedup"
     overlap_shared_experts: bool = True
     recompute: Annotated[tuple[Recomputed, ...], Field(strict=False)] = ()
@@ -77,3 +77,11 @@ class ParallelConfig(Section):
             return self.layers_per_chunk
         count = self.placement.num_virtual_stages
         return (num_layers // count,) * count
+
+
+KERNEL_SETTINGS = tuple(
+    name
+    for name, field in ParallelConfig.model_fields.items()
+    if "kernel" in get_args(field.annotation)
+)
+"""Settings of `ParallelConfig` that may ask for the project's own CUDA kernels."""

@@ -27,13 +27,13 @@ class RoutedCounts:
 
     Attributes:
         expert_counts: [E] integer, assignments.
-        reached_counts: [D] integer, tokens with at least one assignment in the group.
+        group_visits: [D] integer, tokens with at least one assignment in the group.
         gate_entropy: [] entropy of the affinities in nats, over all tokens.
         num_bad_tokens: [] integer, tokens whose affinities are NaN.
     """
 
     expert_counts: Tensor
-    reached_counts: Tensor
+    group_visits: Tensor
     gate_entropy: Tensor
     num_bad_tokens: Tensor
 
@@ -148,7 +148,7 @@ def _decide_in_a_kernel(logits: Tensor, config: DeepSeekV2TransformerConfig) -> 
         losses=losses,
         counts=RoutedCounts(
             expert_counts=routed.expert_counts.sum(dim=0),
-            reached_counts=routed.group_visits.sum(dim=0),
+            group_visits=routed.group_visits.sum(dim=0),
             gate_entropy=routed.entropy_sums.sum(),
             num_bad_tokens=routed.bad_token_counts.sum(),
         ),

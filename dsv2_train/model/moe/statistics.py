@@ -19,7 +19,7 @@ class LayerStatistics:
 
     Attributes:
         expert_counts: [E] assignments before dropping.
-        reached_counts: [D] tokens with at least one assignment in the group, before dropping.
+        group_visits: [D] tokens with at least one assignment in the group, before dropping.
         balance_losses: [3] unweighted expert, device and communication loss.
         gate_entropy: [] entropy of the affinities in nats, over all tokens.
         num_dropped_assignments: [] assignments dropped.
@@ -30,7 +30,7 @@ class LayerStatistics:
     """
 
     expert_counts: Tensor
-    reached_counts: Tensor
+    group_visits: Tensor
     balance_losses: Tensor
     gate_entropy: Tensor
     num_dropped_assignments: Tensor
@@ -65,7 +65,7 @@ def num_statistics(num_experts: int, num_device_groups: int) -> int:
 
 def _widths(num_experts: int, num_device_groups: int) -> list[int]:
     """Of every field of `LayerStatistics`, in order; 0 for a scalar."""
-    vectors = {"expert_counts": num_experts, "reached_counts": num_device_groups}
+    vectors = {"expert_counts": num_experts, "group_visits": num_device_groups}
     vectors["balance_losses"] = len(dataclasses.fields(BalanceLosses))
     return [vectors.get(field.name, 0) for field in dataclasses.fields(LayerStatistics)]
 
@@ -90,7 +90,7 @@ def count(
     zero = losses.expert.new_zeros((), dtype=torch.float64)
     return LayerStatistics(
         expert_counts=counts.expert_counts,
-        reached_counts=counts.reached_counts,
+        group_visits=counts.group_visits,
         balance_losses=torch.stack([losses.expert, losses.device, losses.communication]),
         gate_entropy=counts.gate_entropy,
         num_dropped_assignments=zero if kept is None else (~kept).sum(),
@@ -106,7 +106,7 @@ def _routed_counts(routing: Routing, num_device_groups: int) -> RoutedCounts:
     by_group = (num_tokens, num_device_groups, num_experts // num_device_groups)
     return RoutedCounts(
         expert_counts=routing.selected.sum(dim=0),
-        reached_counts=routing.selected.view(by_group).any(dim=-1).sum(dim=0),
+        group_visits=routing.selected.view(by_group).any(dim=-1).sum(dim=0),
         gate_entropy=torch.special.entr(routing.affinities).sum(),
         num_bad_tokens=routing.affinities.isnan().any(dim=-1).sum(),
     )

@@ -141,8 +141,7 @@ class _Kernel:
     """The three products by our own package."""
 
     def __init__(self, ends: Tensor) -> None:
-        # Optional package: importable only where the kernels are installed.
-        from dsv2_kernels import grouped_linear  # noqa: PLC0415
+        from dsv2_kernels import grouped_linear
 
         self.ends = ends
         self.ops = grouped_linear

@@ -50,8 +50,7 @@ def row_plan(
         `torch` reads R back from a GPU; `kernel` only where it is not given. No communication.
     """
     if implementation == "kernel":
-        # Optional package: importable only where the kernels are installed.
-        from dsv2_kernels.dispatch_index import dispatch_index  # noqa: PLC0415
+        from dsv2_kernels.dispatch_index import dispatch_index
 
         known = int(routing_map.sum()) if num_rows is None else num_rows
         return RowPlan(*dispatch_index(routing_map, known), implementation)
@@ -71,8 +70,7 @@ def row_plan(
 def permute(x: Tensor, plan: RowPlan) -> Tensor:
     """[T, h] tokens -> [R, h] rows: a copy for each assignment."""
     if plan.implementation == "kernel":
-        # Optional package: importable only where the kernels are installed.
-        from dsv2_kernels.permute import gather_rows  # noqa: PLC0415
+        from dsv2_kernels.permute import gather_rows
 
         return gather_rows(x, plan.tokens, plan.rows, plan.row_starts)
     rows: Tensor = _Permute.apply(x, plan)
@@ -82,8 +80,7 @@ def permute(x: Tensor, plan: RowPlan) -> Tensor:
 def unpermute(rows: Tensor, plan: RowPlan) -> Tensor:
     """[R, h] rows -> [T, h] tokens: the sum of each token's rows, by expert; zero without any."""
     if plan.implementation == "kernel":
-        # Optional package: importable only where the kernels are installed.
-        from dsv2_kernels.permute import sum_rows  # noqa: PLC0415
+        from dsv2_kernels.permute import sum_rows
 
         return sum_rows(rows, plan.tokens, plan.rows, plan.row_starts)
     x: Tensor = _Unpermute.apply(rows, plan)
@@ -93,8 +90,7 @@ def unpermute(rows: Tensor, plan: RowPlan) -> Tensor:
 def gather_gates(gate_values: Tensor, plan: RowPlan) -> Tensor:
     """[T, E] gate values -> [R], that of each row."""
     if plan.implementation == "kernel":
-        # Optional package: importable only where the kernels are installed.
-        from dsv2_kernels import permute as kernels  # noqa: PLC0415
+        from dsv2_kernels import permute as kernels
 
         indices = plan.tokens, plan.rows, plan.row_starts
         return kernels.gather_gates(gate_values, plan.assignments, *indices)

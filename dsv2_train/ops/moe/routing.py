@@ -34,8 +34,7 @@ def device_limited_topk(
     Raises:
         TypeError, ValueError: what the kernel does not support; fp64 logits are among it.
     """
-    # Optional package: importable only where the kernels are installed.
-    from dsv2_kernels import device_limited_topk as op  # noqa: PLC0415
+    from dsv2_kernels import device_limited_topk as op
 
     return op.device_limited_topk(
         logits,

@@ -71,7 +71,7 @@ def routing_row(step: RoutedStep, model: ModelConfig) -> dict[str, float]:
         "moe/dead_experts": (counts.expert_counts == 0).sum(dim=1),
         "moe/device_load_max_over_mean": _max_over_mean(_device_counts(counts)),
         "moe/sent_load_max": sent_load(counts, model).amax(dim=1),
-        "moe/devices_per_token": counts.reached_counts.sum(dim=1) / seen,
+        "moe/devices_per_token": counts.group_visits.sum(dim=1) / seen,
         "moe/dropped_share": counts.num_dropped_assignments / (seen * model.num_experts_per_tok),
         "moe/gate_entropy": counts.gate_entropy / seen,
         "moe/expert_balance_loss": losses[:, 0],
@@ -96,7 +96,7 @@ def expert_map(step: RoutedStep, model: ModelConfig) -> ExpertMap:
 def sent_load(counts: LayerStatistics, model: ModelConfig) -> Tensor:
     """[n, D] tokens for each device group, before dropping, over M T / D: f'' (equation 30)."""
     most = model.num_limited_devices * counts.num_tokens.unsqueeze(1)
-    return counts.reached_counts * model.num_device_groups / most
+    return counts.group_visits * model.num_device_groups / most
 
 
 _WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -120,5 +120,5 @@ def _evenness(counts: Tensor) -> Tensor:
 
 def _device_counts(counts: LayerStatistics) -> Tensor:
     """[n, D] assignments of each device group; its experts are contiguous."""
-    num_layers, num_device_groups = counts.reached_counts.shape
+    num_layers, num_device_groups = counts.group_visits.shape
     return counts.expert_counts.view(num_layers, num_device_groups, -1).sum(dim=2)

@@ -91,6 +91,18 @@ DISAGREEING = [
         ["monitor.profile.torch_first_step=9999", "monitor.profile.torch_last_step=9999"],
         "monitor.profile.torch_first_step",
     ),
+    (["parallel.permute=kernel", "recipe.precision=fp64"], "parallel.permute"),
+    (["parallel.permute=kernel", "model.hidden_size=130"], "model.hidden_size"),
+    (
+        ["parallel.activation=kernel", "model.moe_intermediate_size=90"],
+        "model.moe_intermediate_size",
+    ),
+    (["parallel.rope=kernel", "model.v_head_dim=30"], "model.v_head_dim"),
+    (["parallel.experts=kernel", "model.hidden_size=130"], "model.hidden_size"),
+    (
+        ["parallel.routing=kernel", "model.num_routed_experts=520"],
+        "model.num_routed_experts",
+    ),
     (["parallel.max_activations=4"], "parallel.max_activations"),
     (
         ["parallel.schedule=search", "parallel.chunks=2", "parallel.max_activations=1"],

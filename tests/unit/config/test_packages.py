@@ -9,7 +9,7 @@ from dsv2_train.config import packages
 from dsv2_train.config.packages import PACKAGES, Package
 from dsv2_train.config.problems import ConfigError
 from dsv2_train.config.sections.optim import OptimConfig
-from dsv2_train.config.sections.parallel import ParallelConfig
+from dsv2_train.config.sections.parallel import KERNEL_SETTINGS, ParallelConfig
 from dsv2_train.model.implementation import choose
 from dsv2_train.optim.adam import choose_adam
 
@@ -34,9 +34,7 @@ def test_every_package_is_a_choice() -> None:
         ("norm", "te"),
         ("attention", "te"),
         ("dispatcher", "deepep"),
-        ("experts", "kernel"),
-        ("routing", "kernel"),
-        ("activation", "kernel"),
+        *((field, "kernel") for field in KERNEL_SETTINGS),
     ],
 )
 def test_an_op_that_is_asked_for_and_missing_is_told_by_the_table(

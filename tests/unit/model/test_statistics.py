@@ -28,7 +28,7 @@ def test_a_micro_batch_is_counted() -> None:
     kept[0, 2] = kept[3, 0] = False
     counted = _counted(kept, torch.tensor([True, False]))
     assert counted.expert_counts.tolist() == [4, 2, 1, 1, 2, 2]
-    assert counted.reached_counts.tolist() == [4, 2, 2]  # tokens, not their assignments
+    assert counted.group_visits.tolist() == [4, 2, 2]  # tokens, not their assignments
     assert counted.balance_losses.tolist() == [1.0, 2.0, 3.0]
     assert counted.num_dropped_assignments == 2
     assert counted.num_exempt_tokens == 2  # both positions of one sequence

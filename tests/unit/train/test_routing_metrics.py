@@ -41,7 +41,7 @@ def step_of(counts: list[list[int]], sent: list[list[int]], **scalars: list[floa
     tokens = table.sum(dim=1) / 2
     statistics = LayerStatistics(
         expert_counts=table,
-        reached_counts=torch.tensor(sent, dtype=torch.float64),
+        group_visits=torch.tensor(sent, dtype=torch.float64),
         balance_losses=named.pop("balance_losses", torch.ones(len(counts), 3)).double(),
         gate_entropy=named.pop("gate_entropy", ones),
         num_dropped_assignments=named.pop("num_dropped", ones * 0),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,15 +17,12 @@ from tests.helpers.tiny import tiny_config
 SCALE = 0.25
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def emulated(emulated_library: Path) -> Iterator[None]:
     """CPU tensors go through the kernels inside."""
-    build = pytest.importorskip("dsv2_kernels.native.build")
     from dsv2_kernels.native import library  # noqa: PLC0415  where they are installed
 
-    target = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    build.build_emulated(target)
-    with library.emulated(target):
+    with library.emulated(emulated_library):
         yield
 
 
