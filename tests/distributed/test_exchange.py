@@ -89,17 +89,17 @@ def _recording(events: list[str]) -> Iterator[None]:
 
         return call
 
-    rows_times = grouped_experts._Loop.rows_times
+    multiply = grouped_experts._Loop.backward
 
     def experts(self: Any, *args: Any) -> torch.Tensor:
         events.append("experts")
-        return rows_times(self, *args)
+        return multiply(self, *args)
 
     with (
         mock.patch.object(dist, "all_to_all_single", all_to_all_single),
         mock.patch.object(SharedExperts, "activation", noting("first", SharedExperts.activation)),
         mock.patch.object(SharedExperts, "output", noting("second", SharedExperts.output)),
-        mock.patch.object(grouped_experts._Loop, "rows_times", experts),
+        mock.patch.object(grouped_experts._Loop, "backward", experts),
     ):
         yield
 
