@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Without it every test of a kernel on a GPU is skipped.
-HAVE_KERNELS := $(BIN)/python -c 'import sys; from dsv2_kernels.native.library import why_missing; sys.exit(why_missing())'
+HAVE_KERNELS := $(BIN)/python -m dsv2_kernels.native.library
 
 # Tests that start no ranks: two at a time.
 ONE_PROCESS := tests/unit tests/house tests/benchmarks kernels/tests
@@ -66,12 +66,8 @@ test-gpu: .venv/.installed-dev ## every test that needs a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS) tests kernels/tests
 
 sanitize-gpu: .venv/.installed-dev ## the kernels' tests under compute-sanitizer: memory, races, barriers
-	@command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer on PATH; CUDA's toolkit has it"; exit 1; }
 	@$(HAVE_KERNELS)
-	for tool in memcheck racecheck synccheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 66 \
-	    $(BIN)/python -m pytest -m gpu $(ARGS) kernels/tests || exit 1; \
-	done
+	for tool in memcheck racecheck synccheck; do PYTHON=$(BIN)/python kernels/sanitize.sh $$tool $(ARGS) || exit 1; done
 
 bench-gpu: .venv/.installed-dev ## kernels beside their peers, then layers of DeepSeek-V2, on a GPU
 	cd kernels && ../$(BIN)/python -m bench $(ARGS)

@@ -180,10 +180,10 @@ def print_limits(found: Limits) -> None:
 
 
 def write(name: str, result: dict[str, Any]) -> Path:
-    """Write results/<name>.json, with the machine it was measured on."""
+    """Write results/<name>.json, with the machine it was measured on where `result` has none."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": _machine()} | result, indent=1, default=_as_json) + "\n")
+    path.write_text(json.dumps({"machine": machine()} | result, indent=1, default=_as_json) + "\n")
     return path
 
 
@@ -194,7 +194,8 @@ def _as_json(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in given + derived}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What to tell beside every figure of a CPU."""
     return {
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),

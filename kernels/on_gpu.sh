@@ -19,7 +19,7 @@ command -v "$PYTHON" >/dev/null || PYTHON=python3
 DEVICE="${DEVICE:-cuda}"
 mkdir -p "${OUT:=$PWD/build/on_gpu}"
 OUT="$(cd -- "$OUT" && pwd)"
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" DSV2_PYTHON="$PYTHON"
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHON DSV2_PYTHON="$PYTHON"
 
 parts=()
 failed=0
@@ -49,8 +49,7 @@ bench=("$PYTHON" -m bench --device "$DEVICE" --tokens "${tokens[@]}" --out "$OUT
 
 nvidia-smi 2>&1 | tee -a "$OUT/log.txt"
 ! command -v nvcc >/dev/null || part build "$PYTHON" -m dsv2_kernels.native.build cuda
-part "kernels are there" \
-  "$PYTHON" -c 'import sys; from dsv2_kernels.native.library import why_missing; sys.exit(why_missing())'
+part "kernels are there" "$PYTHON" -m dsv2_kernels.native.library
 part tests "$PYTHON" -m pytest -q -m gpu tests kernels/tests
 part "bench kernels" "${bench[@]}"
 part "bench layers" "$PYTHON" -m benchmarks layers
@@ -65,8 +64,7 @@ for name in KERNEL_SETTINGS:
 train kernels "${with_kernels[@]}"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
-    part "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --report-api-errors no \
-      --error-exitcode 66 "$PYTHON" -m pytest -q -m gpu kernels/tests
+    part "$tool" kernels/sanitize.sh "$tool" -q
   done
 fi
 exit "$failed"

@@ -18,6 +18,7 @@ import torch
 
 from dsv2_kernels.native import library
 from dsv2_kernels.testing import bench, machine
+from dsv2_kernels.testing.timing import first_line
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -85,8 +86,7 @@ def _records(
     try:
         yield from map(measure, importlib.import_module(f"bench.{op}").cases(tokens, device))
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        yield {"name": op, "shape": {}, "error": said, "peers": {}}
+        yield {"name": op, "shape": {}, "error": first_line(error), "peers": {}}
 
 
 def table(results: dict[str, Any]) -> str:

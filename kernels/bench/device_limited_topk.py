@@ -1,15 +1,14 @@
 """The router from its logits on, as DeepSeek-V2's: six of 160 experts in three of eight groups."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from bench._sizes import EXPERTS, GROUPS, LIMIT, SCALE, TOP_K
 from dsv2_kernels import device_limited_topk as op
 from dsv2_kernels.reference import device_limited_topk as reference
-from dsv2_kernels.testing.bench import Case
-
-EXPERTS, GROUPS, LIMIT, TOP_K, SCALE = 160, 8, 3, 6, 16.0
+from dsv2_kernels.testing.bench import Case, peers
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:
@@ -21,7 +20,7 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
         shape,
         tokens * (2 * EXPERTS * 4 + TOP_K * 12),
         lambda: _routed(logits),
-        _peers(reference.device_limited_topk, (logits, 1, GROUPS, LIMIT, TOP_K, SCALE)),
+        peers(reference.device_limited_topk, logits, 1, GROUPS, LIMIT, TOP_K, SCALE),
     )
     routed = _routed(logits)
     grad_gates, grad_sums = torch.randn_like(routed.gates), torch.randn_like(routed.affinity_sums)
@@ -31,7 +30,7 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
         shape,
         tokens * (2 * EXPERTS * 4 + TOP_K * 12),
         lambda: op.device_limited_topk_backward(*inputs, scaling_factor=SCALE, dtype=logits.dtype),
-        _peers(reference.device_limited_topk_backward, (*inputs, SCALE, logits.dtype)),
+        peers(reference.device_limited_topk_backward, *inputs, SCALE, logits.dtype),
     )
 
 
@@ -44,10 +43,3 @@ def _routed(logits: Tensor) -> op.DeviceLimitedTopk:
         top_k=TOP_K,
         scaling_factor=SCALE,
     )
-
-
-def _peers(
-    function: Callable[..., object], inputs: tuple[object, ...]
-) -> dict[str, Callable[[], object]]:
-    compiled = torch.compile(function)
-    return {"eager": lambda: function(*inputs), "compiled": lambda: compiled(*inputs)}

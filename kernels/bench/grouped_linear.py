@@ -6,24 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from bench._sizes import EXPERT_WIDTH, HIDDEN, LOCAL_EXPERTS, TOP_K
 from dsv2_kernels import grouped_linear as op
 from dsv2_kernels.reference import grouped_linear as reference
 from dsv2_kernels.testing.bench import Case
 
-EXPERTS, HIDDEN, WIDTH = 20, 5120, 2 * 1536
 TRIED_ON_CPU = 2, 64, 32
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:
     """Six rows a token, spread evenly or by Zipf's law over a rank's 20 experts; bf16."""
-    sizes = (EXPERTS, HIDDEN, WIDTH) if device.type == "cuda" else TRIED_ON_CPU
+    sizes = (LOCAL_EXPERTS, HIDDEN, 2 * EXPERT_WIDTH) if device.type == "cuda" else TRIED_ON_CPU
     num_experts, hidden, width = sizes
     weights = torch.randn(num_experts, width, hidden, device=device, dtype=torch.bfloat16)
     main_grad = torch.zeros(weights.shape, device=device)
     ranks = torch.arange(1, num_experts + 1, dtype=torch.float64)
     for spread, shares in (("even", torch.ones_like(ranks)), ("Zipf", 1 / ranks)):
-        ends = (6 * tokens * shares.cumsum(0) / shares.sum()).round().to(device, torch.int32)
-        yield from _products(spread, 6 * tokens, weights, main_grad, ends)
+        ends = (TOP_K * tokens * shares.cumsum(0) / shares.sum()).round().to(device, torch.int32)
+        yield from _products(spread, TOP_K * tokens, weights, main_grad, ends)
     yield Case(
         "grouped_linear accumulate",
         {"experts": num_experts, "inputs": hidden, "outputs": width},

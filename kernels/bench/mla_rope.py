@@ -1,15 +1,14 @@
 """Query, key and value heads, at the sizes of DeepSeek-V2's attention."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from bench._sizes import HEADS, LATENT, NOPE, ROPE, VALUE
 from dsv2_kernels import mla_rope as op
 from dsv2_kernels.reference import mla_rope as reference
-from dsv2_kernels.testing.bench import Case
-
-HEADS, NOPE, ROPE, VALUE, LATENT = 128, 128, 64, 128, 512
+from dsv2_kernels.testing.bench import Case, peers
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:
@@ -26,31 +25,25 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
     ]
     shape = {"tokens": tokens, "heads": HEADS, "nope": NOPE, "rope": ROPE, "value": VALUE}
     num_bytes = sum(each.nbytes for each in (*parts, *grads))
-    yield Case("mla_rope forward", shape, num_bytes, lambda: op.mla_rope(*parts), _peers(parts))
-    compiled = torch.compile(reference.mla_rope)
+    yield Case(
+        "mla_rope forward", shape, num_bytes, lambda: op.mla_rope(*parts), peers(_copied, *parts)
+    )
     yield Case(
         "mla_rope forward, values left alone",
         shape,
         num_bytes - 2 * grads[2].nbytes,
         lambda: op.mla_rope(*parts, copies_v=False),
-        {"eager": lambda: reference.mla_rope(*parts), "compiled": lambda: compiled(*parts)},
+        peers(reference.mla_rope, *parts),
     )
-    compiled_backward = torch.compile(reference.mla_rope_backward)
     yield Case(
         "mla_rope backward",
         shape,
         num_bytes,
         lambda: op.mla_rope_backward(*grads, *parts[3:]),
-        {
-            "eager": lambda: reference.mla_rope_backward(*grads, *parts[3:]),
-            "compiled": lambda: compiled_backward(*grads, *parts[3:]),
-        },
+        peers(reference.mla_rope_backward, *grads, *parts[3:]),
     )
 
 
-def _peers(parts: list[Tensor]) -> dict[str, Callable[[], object]]:
-    def copied() -> tuple[Tensor, Tensor, Tensor]:
-        q_heads, k_heads, v_heads = reference.mla_rope(*parts)
-        return q_heads, k_heads, v_heads.contiguous()
-
-    return {"eager": copied, "compiled": torch.compile(copied)}
+def _copied(*parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q_heads, k_heads, v_heads = reference.mla_rope(*parts)
+    return q_heads, k_heads, v_heads.contiguous()

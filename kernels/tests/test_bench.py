@@ -59,6 +59,12 @@ def test_what_failed_has_its_error_instead() -> None:
     assert without_ours["peers"]["eager"] == {"us": EAGER.summary}
 
 
+def test_peers_are_called_with_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *inputs: 100 + function(*inputs))
+    peers = bench.peers(lambda a, b: a - b, 3, 5)
+    assert {name: call() for name, call in peers.items()} == {"eager": -2, "compiled": 98}
+
+
 def test_turns_alternate_and_end_with_the_time() -> None:
     called: list[str] = []
 

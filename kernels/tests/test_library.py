@@ -1,6 +1,8 @@
 """A library that does not fit is refused, with the reason and what to do."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,13 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     library.why_missing.cache_clear()
     assert library.why_missing() == "no CUDA device"
     library.why_missing.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_process_says_why_there_are_none() -> None:
+    command = [sys.executable, "-m", "dsv2_kernels.native.library"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "no CUDA device\n")
 
 
 def test_tensors_of_a_cpu_are_for_the_emulation_alone(emulated_library: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,13 +18,22 @@ case "$*" in
   *$SLEEPS_AT*) exec sleep 60 ;;
 esac
 """
+# compute-sanitizer as well: notes its words and environment, then runs the rest.
+SANITIZER = """#!/bin/sh
+echo "sanitizer $PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> "$CALLED"
+shift 6
+exec "$@"
+"""
 
 
-def run(folder: Path, fails_at: str, sleeps_at: str) -> tuple[int, dict[str, int], str, str]:
+def run(
+    folder: Path, fails_at: str, sleeps_at: str, **more: str
+) -> tuple[int, dict[str, int], str, str]:
     """Exit status, status by part, how Python was called, the log."""
     programs = folder / "bin"
     programs.mkdir()
-    for name, text in (("python", PYTHON), ("nvcc", "#!/bin/sh\n"), ("nvidia-smi", "#!/bin/sh\n")):
+    there = {"python": PYTHON, "nvcc": "#!/bin/sh\n", "nvidia-smi": "#!/bin/sh\n"}
+    for name, text in (there | more).items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     out, called = folder / "out", folder / "called"
@@ -59,7 +69,11 @@ def test_every_part_runs(tmp_path: Path) -> None:
     status, parts, called, _ = run(tmp_path, "nothing", "nothing")
     parts.pop("corpus", None)
     assert (status, parts) == (0, dict.fromkeys(PARTS, 0))
-    for words in ("-m dsv2_kernels.native.build cuda", "-m pytest -q -m gpu tests kernels/tests"):
+    for words in (
+        "-m dsv2_kernels.native.library\n",
+        "-m dsv2_kernels.native.build cuda",
+        "-m pytest -q -m gpu tests kernels/tests",
+    ):
         assert words in called
     [*_, plain, with_kernels] = [line for line in called.splitlines() if "debug_1gpu" in line]
     assert "parallel.activation=kernel" in with_kernels and "parallel" not in plain
@@ -79,3 +93,23 @@ def test_a_part_that_fails_leaves_the_others(tmp_path: Path, failing: str, part:
 def test_a_part_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     status, parts, _, _ = run(tmp_path, "nothing", "benchmarks")
     assert status == 1 and parts["bench layers"] == 124 and parts["train torch"] == 0
+
+
+@pytest.mark.parametrize(("failing", "status"), [("nothing", 0), ("kernels/tests", 7)])
+def test_every_tool_of_compute_sanitizer_runs(tmp_path: Path, failing: str, status: int) -> None:
+    _, parts, called, _ = run(tmp_path, failing, "nothing", **{"compute-sanitizer": SANITIZER})
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        assert parts[tool] == status
+        flags = f"--tool {tool} --report-api-errors no --error-exitcode 66"
+        assert f"sanitizer 1 {flags} {tmp_path}/bin/python -m pytest -m gpu -q kernels" in called
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [([], "TOOL is missing"), (["memcheck"], "no compute-sanitizer on PATH")]
+)
+def test_what_the_sanitizers_need_is_said(tmp_path: Path, words: list[str], told: str) -> None:
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    command = [SCRIPT.with_name("sanitize.sh"), *words]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1 and told in done.stderr

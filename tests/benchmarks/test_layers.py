@@ -1,5 +1,6 @@
 """The benchmark of one layer on a CPU: contenders compute the same, figures are those by hand."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,18 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from benchmarks import layers
+from benchmarks import layers, report
 from benchmarks.kernel_time import summary, work_of
+from benchmarks.layer_contenders import (
+    KINDS,
+    OURS,
+    TINY,
+    Kind,
+    Layer,
+    batch,
+    contenders,
+    layer_config,
+)
 from dsv2_kernels.native import library
 from dsv2_train.config.run import RunConfig
 from dsv2_train.distributed import cpu_ranks
@@ -19,7 +30,7 @@ from tests.helpers.kernels import OF_EXPERTS
 CPU = torch.device("cpu")
 TOKENS, LENGTH = 64, 32
 # Weights of a size that every part matters.
-CONFIG = layers.layer_config(TOKENS, LENGTH, layers.TINY | {"model.init_std": 0.15})
+CONFIG = layer_config(TOKENS, LENGTH, TINY | {"model.init_std": 0.15})
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +48,16 @@ def not_compiled() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("kind", layers.KINDS)
-def test_contenders_compute_the_same(kind: layers.Kind, groups: ProcessGroupCollection) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_contenders_compute_the_same(kind: Kind, groups: ProcessGroupCollection) -> None:
     """To bf16's rounding, 2^-8, of what a layer adds; a token may go to another of tied experts."""
-    found, missing = layers.contenders(kind, CONFIG, groups, CPU)
-    hidden, gradient = layers.batch(CONFIG, CPU)
+    found, missing = contenders(kind, CONFIG, groups, CPU)
+    hidden, gradient = batch(CONFIG, CPU)
     added = {}
     for name, layer in found.items():
         output = layer.step(hidden, gradient).float()
         added[name] = output - hidden.float() if kind == "transformer" else output
-    expected = added.pop(layers.OURS)
+    expected = added.pop(OURS)
     assert expected.abs().max() > 1
     for name, one in added.items():
         error = (one - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -58,25 +69,25 @@ def test_contenders_compute_the_same(kind: layers.Kind, groups: ProcessGroupColl
 def test_our_kernels_are_a_contender(
     groups: ProcessGroupCollection, emulated_library: Path, launched: list[str]
 ) -> None:
-    hidden, gradient = layers.batch(CONFIG, CPU)
+    hidden, gradient = batch(CONFIG, CPU)
     with library.emulated(emulated_library):
-        found, missing = layers.contenders("moe", CONFIG, groups, CPU)
-        expected = found[layers.OURS].step(hidden, gradient)
+        found, missing = contenders("moe", CONFIG, groups, CPU)
+        expected = found[OURS].step(hidden, gradient)
         assert not launched and not missing
         output = found["ours, our kernels"].step(hidden, gradient)
     assert set(launched) >= OF_EXPERTS
     assert (output - expected).norm() < 2**-6 * expected.norm()
 
 
-@pytest.mark.parametrize("kind", layers.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_figures(
-    kind: layers.Kind, groups: ProcessGroupCollection, capsys: pytest.CaptureFixture[str]
+    kind: Kind, groups: ProcessGroupCollection, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows, missing = layers.compare_layers(kind, CONFIG, groups, CPU, repeats=2)
-    assert rows[0].name == layers.OURS and rows[0].of_ours.median == 1
+    rows, missing = layers.compare_layers(kind, CONFIG, groups, CPU, seconds=0)
+    assert rows[0].name == OURS and rows[0].of_ours["median"] == 1
     for row in rows:
         flops = layers.layer_flops(kind, CONFIG)
-        assert row.tflop_per_s == pytest.approx(flops / row.seconds.median / 1e12)
+        assert row.tflop_per_s == pytest.approx(flops / (row.us.median * 1e-6) / 1e12)
         assert sum(row.work.shares.values()) == pytest.approx(1)
         assert row.busiest is None if "transformers" in row.name else 1 <= row.busiest < 20
     layers.show("tiny", rows, missing)
@@ -86,7 +97,7 @@ def test_figures(
 
 def test_operations_of_deepseek_v2s_layer_by_hand() -> None:
     """Products of 20 experts' share, by the paper's sizes; attention sees half its sequence."""
-    config = layers.layer_config(8192, 4096, {})
+    config = layer_config(8192, 4096, {})
     expert = 3 * 5120 * 1536
     mixture = 6 * (5120 * 20 + (2 + 6) * expert)
     assert layers.layer_flops("moe", config) == 8192 * mixture
@@ -98,17 +109,30 @@ def test_operations_of_deepseek_v2s_layer_by_hand() -> None:
 def test_a_contender_that_fails_is_told(
     groups: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def contenders(*_: object) -> tuple[dict[str, layers.Layer], dict[str, str]]:
-        def broken(*_: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("out of memory\nand more")
+    def broken(*_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory\nand more")
 
-        fine = layers.Layer(lambda hidden, gradient: hidden + gradient)
-        return {layers.OURS: fine, "peer": layers.Layer(broken)}, {}
+    fine = Layer(lambda hidden, gradient: hidden + gradient)
+    found = {OURS: fine, "peer": Layer(broken)}
+    monkeypatch.setattr(layers, "contenders", lambda *_: (found, {"other": "no GPU"}))
+    rows, missing = layers.compare_layers("moe", CONFIG, groups, CPU, seconds=0)
+    assert [row.name for row in rows] == [OURS]
+    assert missing == {"other": "no GPU", "peer": "RuntimeError: out of memory"}
+    found[OURS] = Layer(broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layers.compare_layers("moe", CONFIG, groups, CPU, seconds=0)
 
-    monkeypatch.setattr(layers, "contenders", contenders)
-    rows, missing = layers.compare_layers("moe", CONFIG, groups, CPU, repeats=1)
-    assert [row.name for row in rows] == [layers.OURS]
-    assert missing == {"peer": "RuntimeError: out of memory"}
+
+def test_results_have_one_machine(
+    groups: ProcessGroupCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "compare_layers", lambda *_: ([], {"peer": "no GPU"}))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    *_, found = layers.compare_all(groups)
+    written = json.loads(report.write("layers", found).read_text())
+    assert written.keys() == {"machine", "speeds", "layers", "missing"}
+    assert {"cpu", "transformers", "device", "clocks", "commit"} <= written["machine"].keys()
+    assert written["speeds"].keys() == {"copy_gb_per_s", "product_tflop_per_s"}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +165,7 @@ def test_shares_by_hand() -> None:
 
 
 def test_the_layer_is_one_of_the_whole_model() -> None:
-    config: RunConfig = layers.layer_config(4096, 4096, {})
+    config: RunConfig = layer_config(4096, 4096, {})
     model = config.model
     assert (model.hidden_size, model.num_attention_heads, model.moe_intermediate_size) == (
         *(5120, 128),

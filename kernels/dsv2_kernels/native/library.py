@@ -1,10 +1,12 @@
 """The compiled kernels of this process: found, loaded once, launched.
 
 launch("swiglu_gate_forward", projected, gates, activation, rows, width, projected.dtype)
+python -m dsv2_kernels.native.library    # why the kernels cannot run, status 1; or nothing, 0
 """
 
 import ctypes
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -131,3 +133,7 @@ def _cuda() -> ctypes.CDLL:
     if missing:
         raise LaunchError(missing)
     return ctypes.CDLL(str(BUILT / "cuda.so"))
+
+
+if __name__ == "__main__":
+    sys.exit(why_missing())

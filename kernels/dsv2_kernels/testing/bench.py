@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+import torch
 
 from dsv2_kernels.testing.machine import Speeds
 from dsv2_kernels.testing.timing import Timer, Times, alternate, ratio
@@ -27,6 +30,14 @@ class Case:
     ours: Callable[[], object]
     peers: Mapping[str, Callable[[], object]]
     num_flops: int = field(default=0, kw_only=True)
+
+
+def peers(function: Callable[..., object], *inputs: object) -> dict[str, Callable[[], object]]:
+    """A function of torch's, called as it is and compiled."""
+    return {
+        "eager": partial(function, *inputs),
+        "compiled": partial(torch.compile(function), *inputs),
+    }
 
 
 def measure(case: Case, timer: Timer, seconds: float, speeds: Speeds) -> dict[str, Any]:

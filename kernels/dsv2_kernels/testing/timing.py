@@ -1,5 +1,6 @@
 """Microseconds of calls in turns: by CUDA events with a cold cache, by a clock on a CPU."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +73,8 @@ def alternate(
 ) -> tuple[dict[str, Times], dict[str, str]]:
     """Time calls in turns, in an order that reverses every turn.
 
+    The garbage collector runs between calls only.
+
     Args:
         calls: by name.
         timer: microseconds of one call.
@@ -87,15 +90,25 @@ def alternate(
             call()
             call()
         except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            errors[name] = first_line(error)
     working = [(name, call) for name, call in calls.items() if name not in errors]
     found: dict[str, list[float]] = {name: [] for name, _ in working}
     begin_s, turns = time.perf_counter(), 0
-    while working and not _enough(turns, time.perf_counter() - begin_s, seconds):
-        for name, call in reversed(working) if turns % 2 else working:
-            found[name].append(timer(call))
-        turns += 1
+    gc.disable()
+    try:
+        while working and not _enough(turns, time.perf_counter() - begin_s, seconds):
+            for name, call in reversed(working) if turns % 2 else working:
+                gc.collect(0)
+                found[name].append(timer(call))
+            turns += 1
+    finally:
+        gc.enable()
     return {name: Times(tuple(us)) for name, us in found.items()}, errors
+
+
+def first_line(error: Exception) -> str:
+    """Its type and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _enough(turns: int, spent_s: float, seconds: float) -> bool:
