@@ -160,6 +160,10 @@ class _FakeDeepEP:
         return torch.cat(parts)
 
 
+def _only_deepep(package: str, device: torch.device) -> str | None:
+    return None if package == "deepep" else "not here"
+
+
 @torch.no_grad()
 def _outputs(rank: int, *overrides: str) -> tuple[torch.Tensor, dict[str, int]]:
     """[S, B, h] of one layer, and how often each way of dispatching was gone."""
@@ -173,7 +177,7 @@ def _outputs(rank: int, *overrides: str) -> tuple[torch.Tensor, dict[str, int]]:
         mock.patch.object(token_dispatcher, "fused_dispatch", side_effect=fake.dispatch) as deepep,
         mock.patch.object(token_dispatcher, "fused_combine", fake.combine),
         mock.patch.object(token_dispatcher, "set_deepep_num_sms", lambda _: None),
-        mock.patch("dsv2_train.model.implementation.why_no", return_value=None),
+        mock.patch("dsv2_train.model.implementation.why_no", _only_deepep),
     ):
         model, _ = build_on_cpu(config)
         roughen(model)

@@ -46,7 +46,9 @@ def test_heads_of_transformer_engine_are_megatron_cores(
 
 
 def test_a_kernel_cannot_serve_transformer_engine(with_te: None) -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.rope: found 'kernel'; megatron-core"):
+    with pytest.raises(
+        ConfigError, match=r"parallel\.rope: found 'kernel'; not possible here: megatron-core"
+    ):
         rope(CUDA, attention="te", rope="kernel")
 
 
