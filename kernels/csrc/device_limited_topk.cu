@@ -7,7 +7,7 @@
 // What is summed over a sequence is summed as integers, affinities in units of 2^-40: the order of
 // its blocks does not matter. They add to a workspace, and the last one writes the sums out.
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 

@@ -3,7 +3,7 @@
 // E experts, main_grad [E, size] fp32, gradient [E, size]; expert e's rows end before ends[e]. The
 // gradient of an expert without rows is never read: matrix products may leave it undefined.
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
 #include "common/vec.cuh"
 
 namespace {

@@ -4,7 +4,7 @@
 // S positions, B samples, n heads; c nope and r rope channels of a head, w value channels.
 // Parts are [S, B, n, .] in memory, heads [B, n, S, .].
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
 #include "common/vec.cuh"
 
 namespace {

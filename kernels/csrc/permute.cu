@@ -4,7 +4,7 @@
 // T tokens, R rows, h channels, E experts. Row r belongs to tokens[r]; rows [R] names the rows of
 // token 0, then of token 1, and so on; row_starts [T] says where each token begins in it.
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 

@@ -2,7 +2,7 @@
 //
 // R rows, f channels: projected [R, 2f] holds g, then u; gates [R] or none.
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
