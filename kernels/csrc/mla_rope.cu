@@ -5,11 +5,10 @@
 // Parts are [S, B, n, .] in memory, heads [B, n, S, .].
 
 #include "common/dtypes.cuh"
+#include "common/launch.cuh"
 #include "common/vec.cuh"
 
 namespace {
-
-constexpr int kMaxThreads = 256;
 
 struct Shape {
   int positions, samples, heads, nope, rope, value;
@@ -159,9 +158,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 int threads_for(const Shape& shape, int vec) {
-  const int64_t vectors = int64_t(shape.heads) * (shape.nope + shape.rope) / vec;
-  const int64_t warps = (vectors + kWarpSize - 1) / kWarpSize;
-  return warps * kWarpSize < kMaxThreads ? warps * kWarpSize : kMaxThreads;
+  return whole_warps(int64_t(shape.heads) * (shape.nope + shape.rope) / vec, kMaxThreads);
 }
 
 template <typename T>

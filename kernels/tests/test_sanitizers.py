@@ -158,8 +158,8 @@ MISTAKES = {
     ),
     "block_sum: read before all have written": Mistake(
         "common/reduce.cuh",
-        "partial[warp] = value;\n  __syncthreads();",
-        "partial[warp] = value;",
+        "partial[warp()] = value;\n  __syncthreads();",
+        "partial[warp()] = value;",
         "thread",
         "data race",
         "swiglu_gate",
@@ -215,8 +215,8 @@ MISTAKES = {
     ),
     "dispatch_index: a warp's own chunks taken for those above": Mistake(
         "dispatch_index.cu",
-        "if (other < warp) above",
-        "if (other <= warp) above",
+        "if (other < warp()) above",
+        "if (other <= warp()) above",
         "address",
         "heap-buffer-overflow",
         "dispatch_index",
