@@ -1,7 +1,6 @@
 """Compiles the kernels: by nvcc for GPUs, or by a host compiler, which runs them as fibers.
 
 python -m dsv2_kernels.native.build cuda        # what `make kernels` does
-python -m dsv2_kernels.native.build emulated
 """
 
 import argparse
@@ -252,19 +251,16 @@ def _run(command: list[str]) -> str:
 def main() -> int:
     """Build what the command line names, and say where it is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["cuda", "emulated"])
+    parser.add_argument("kind", choices=["cuda"])
     parser.add_argument("--debug", action="store_true", help="check the indices that kernels read")
     arguments = parser.parse_args()
-    target = BUILT / f"{arguments.kind}.so"
+    target = BUILT / "cuda.so"
     try:
-        if arguments.kind == "cuda":
-            sys.stdout.write(f"{table(build_cuda(target, debug=arguments.debug))}\n")
-        else:
-            build_emulated(target)
+        usages = build_cuda(target, debug=arguments.debug)
     except BuildError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(f"{target}\n")
+    sys.stdout.write(f"{table(usages)}\n{target}\n")
     return 0
 
 
