@@ -17,7 +17,12 @@ from dsv2_kernels.native.registry import register
 from dsv2_kernels.native.workspace import zeros
 from dsv2_kernels.reference import device_limited_topk as reference
 
-MAX_EXPERTS, MAX_GROUPS, MAX_TOP_K, MAX_POSITIONS = 512, 64, 16, 2**20
+# csrc/device_limited_topk.cu has the same: 16 slots a lane (FOR_SLOTS) of 32 lanes, and kMaxGroups.
+MAX_EXPERTS, _MAX_GROUPS = 512, 64
+# Lane k holds the k-th expert: 32 would fit, 16 are tested.
+MAX_TOP_K = 16
+# Entropies below 8 in units of 2^-40 add up to less than 2^63 in a 64-bit word.
+_MAX_POSITIONS = 2**20
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -115,8 +120,8 @@ def _check(
     arguments.tensor("logits", logits, [None, None])
     num_tokens, num_experts = logits.shape
     _check_sizes(arguments, num_tokens, num_experts, num_sequences)
-    divides = 1 <= num_groups <= MAX_GROUPS and num_experts % num_groups == 0
-    supported = f"divisors of {num_experts} experts up to {MAX_GROUPS}"
+    divides = 1 <= num_groups <= _MAX_GROUPS and num_experts % num_groups == 0
+    supported = f"divisors of {num_experts} experts up to {_MAX_GROUPS}"
     arguments.that(divides, "num_groups", num_groups, supported)
     limits = 1 <= num_limited <= num_groups
     arguments.that(limits, "num_limited", num_limited, f"1 to {num_groups} groups")
@@ -132,8 +137,8 @@ def _check_sizes(
     divides = num_sequences >= 1 and num_tokens % num_sequences == 0
     arguments.that(divides, "num_sequences", num_sequences, f"divisors of {num_tokens} tokens")
     positions = num_tokens // num_sequences
-    fits = positions <= MAX_POSITIONS
-    arguments.that(fits, "positions of a sequence", positions, f"up to {MAX_POSITIONS}")
+    fits = positions <= _MAX_POSITIONS
+    arguments.that(fits, "positions of a sequence", positions, f"up to {_MAX_POSITIONS}")
 
 
 def _launch_forward(

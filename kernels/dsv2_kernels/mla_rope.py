@@ -15,7 +15,7 @@ from dsv2_kernels.native.library import launch
 from dsv2_kernels.native.registry import register
 from dsv2_kernels.reference import mla_rope as reference
 
-# Vectors of 16 bytes that a block of threads adds up side by side.
+# kMaxThreads of csrc/common/launch.cuh: each 16-byte vector of a rope gradient takes a thread.
 _MAX_ROPE_VECTORS = 256
 
 
