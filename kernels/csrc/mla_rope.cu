@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 // The sum over the heads of a position's rope gradients, turned back. A thread adds every
-// so-manieth head of one vector of channels; then one thread a vector adds theirs.
+// groups-th head of one vector of channels; then one thread a vector adds theirs.
 template <typename T>
 __device__ void sum_heads(const T* grad_row, int64_t head_stride, const Rotation& back,
                           T* grad_k_rope, const Shape& shape) {
