@@ -57,9 +57,9 @@ static: .venv/.installed-dev
 bench: .venv/.installed-dev ## ours, megatron-core and transformers side by side, one thread
 	$(BIN)/python -m benchmarks $(ARGS)
 
-kernels: .venv/.installed ## our CUDA kernels, by nvcc for sm_80 and sm_90a
+kernels: .venv/.installed ## our CUDA kernels, by nvcc for sm_80 and sm_90a; ARGS=--debug: indices are checked
 	@$(PIP) --editable kernels
-	@$(BIN)/python -m dsv2_kernels.native.build cuda
+	@$(BIN)/python -m dsv2_kernels.native.build cuda $(ARGS)
 
 test-gpu: .venv/.installed-dev ## every test that needs a GPU
 	@$(HAVE_KERNELS)

@@ -7,7 +7,8 @@
 // What is summed over a sequence is summed as integers, affinities in units of 2^-40: the order of
 // its blocks does not matter. They add to a workspace, and the last one writes the sums out.
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
@@ -37,12 +38,9 @@ struct Sums {
   int* bad_token_counts;   // [B]
 };
 
-__device__ __forceinline__ int lane_of_thread() { return threadIdx.x % kWarpSize; }
-__device__ __forceinline__ int warp_of_thread() { return threadIdx.x / kWarpSize; }
-
 // The first position of the calling warp, and how far it is to its next one.
 __device__ __forceinline__ int64_t first_position(const Shape& shape) {
-  return int64_t(blockIdx.x) % shape.blocks * (blockDim.x / kWarpSize) + warp_of_thread();
+  return int64_t(blockIdx.x) % shape.blocks * (blockDim.x / kWarpSize) + warp();
 }
 __device__ __forceinline__ int64_t position_stride(const Shape& shape) {
   return int64_t(shape.blocks) * (blockDim.x / kWarpSize);
@@ -62,7 +60,7 @@ __device__ __forceinline__ Best best_of(const int (&keys)[kSlots]) {
   unsigned expert = ~0u;
 #pragma unroll
   for (int j = kSlots - 1; j >= 0; --j) {
-    if (keys[j] == key) expert = lane_of_thread() + j * kWarpSize;
+    if (keys[j] == key) expert = lane() + j * kWarpSize;
   }
   return {key, int(__reduce_min_sync(kFullMask, expert))};
 }
@@ -80,7 +78,7 @@ __device__ __forceinline__ void limit_groups(int (&keys)[kSlots], const Shape& s
     const unsigned first = best_of(rest).expert / size * size;
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
-      if (lane_of_thread() + j * kWarpSize - first < size) rest[j] = kTaken;
+      if (lane() + j * kWarpSize - first < size) rest[j] = kTaken;
     }
   }
 #pragma unroll
@@ -98,9 +96,9 @@ __device__ __forceinline__ Best select(int (&keys)[kSlots], const Shape& shape) 
     const Best best = best_of(keys);
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
-      if (lane_of_thread() + j * kWarpSize == best.expert) keys[j] = kTaken;
+      if (lane() + j * kWarpSize == best.expert) keys[j] = kTaken;
     }
-    if (lane_of_thread() == k) selected = best;
+    if (lane() == k) selected = best;
   }
   return selected;
 }
@@ -113,7 +111,7 @@ __device__ __forceinline__ bool softmax(const T* logits, int experts, float (&af
   float shifted[kSlots], largest = -INFINITY, total = 0.0f;
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) {
-    const int expert = lane_of_thread() + j * kWarpSize;
+    const int expert = lane() + j * kWarpSize;
     shifted[j] = expert < experts ? to_float(logits[expert]) : -INFINITY;
     largest = fmaxf(largest, shifted[j]);
   }
@@ -206,10 +204,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     int keys[kSlots];
     const bool good = softmax(logits + token * shape.experts, shape.experts, affinity, part);
     if (good) entropy += part;
-    if (!good && lane_of_thread() == 0) ++bad_tokens;
+    if (!good && lane() == 0) ++bad_tokens;
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
-      const int expert = lane_of_thread() + j * kWarpSize;
+      const int expert = lane() + j * kWarpSize;
       keys[j] = kTaken;
       if (expert < shape.experts) {
         affinities[token * shape.experts + expert] = affinity[j];
@@ -219,20 +217,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
       if (good) sum[j] += affinity[j];
     }
     const Best selected = select(keys, shape);
-    const bool selects = lane_of_thread() < shape.top_k;
+    const bool selects = lane() < shape.top_k;
     const int group = selects ? selected.expert / (shape.experts / shape.groups) : -1;
     const unsigned same_group = __match_any_sync(kFullMask, group);
     if (selects) {
-      const int64_t place = token * shape.top_k + lane_of_thread();
+      const int64_t place = token * shape.top_k + lane();
       experts[place] = selected.expert;
       gates[place] = good ? __int_as_float(selected.key) * shape.scale : NAN;
       atomicAdd(&tallies[selected.expert], 1);
-      if (__ffs(same_group) - 1 == lane_of_thread()) atomicAdd(&tallies[shape.experts + group], 1);
+      if (__ffs(same_group) - 1 == lane()) atomicAdd(&tallies[shape.experts + group], 1);
     }
   }
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) {
-    sums[warp_of_thread() * kStride + lane_of_thread() + j * kWarpSize] = sum[j];
+    sums[warp() * kStride + lane() + j * kWarpSize] = sum[j];
   }
   // Its barriers stand between the writing of the sums and tallies and their reading.
   entropy = block_sum(entropy);
@@ -248,7 +246,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   float from_sums[kSlots];
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) {
-    const int expert = lane_of_thread() + j * kWarpSize;
+    const int expert = lane() + j * kWarpSize;
     const bool there = grad_sums != nullptr && expert < shape.experts;
     from_sums[j] = there ? grad_sums[sequence * shape.experts + expert] : 0.0f;
   }
@@ -257,8 +255,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     const int64_t token = position * shape.sequences + sequence;
     int selected = 0;
     float grad_gate = 0.0f;
-    if (lane_of_thread() < shape.top_k) {
-      const int64_t place = token * shape.top_k + lane_of_thread();
+    if (lane() < shape.top_k) {
+      const int64_t place = token * shape.top_k + lane();
       CHECK_DEVICE(experts[place] >= 0 && experts[place] < shape.experts, "no such expert");
       selected = int(experts[place]);
       grad_gate = grad_gates[place] * shape.scale;
@@ -266,7 +264,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     float affinity[kSlots], grad[kSlots], dot = 0.0f;
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
-      const int expert = lane_of_thread() + j * kWarpSize;
+      const int expert = lane() + j * kWarpSize;
       affinity[j] = expert < shape.experts ? affinities[token * shape.experts + expert] : 0.0f;
       grad[j] = from_sums[j];
     }
@@ -275,7 +273,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
       const float addend = __shfl_sync(kFullMask, grad_gate, k);
 #pragma unroll
       for (int j = 0; j < kSlots; ++j) {
-        if (lane_of_thread() + j * kWarpSize == expert) grad[j] += addend;
+        if (lane() + j * kWarpSize == expert) grad[j] += addend;
       }
     }
 #pragma unroll
@@ -283,7 +281,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     dot = warp_sum(dot);
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
-      const int expert = lane_of_thread() + j * kWarpSize;
+      const int expert = lane() + j * kWarpSize;
       if (expert < shape.experts) {
         grad_logits[token * shape.experts + expert] = from_float<T>(affinity[j] * (grad[j] - dot));
       }
@@ -294,14 +292,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
 Shape shape_of(int64_t positions, int64_t sequences, int64_t experts, int64_t groups,
                int64_t limit, int64_t top_k, float scale) {
   constexpr int64_t kPositionsPerBlock = kMaxWarps * kPositionsPerWarp;
-  const int64_t wanted = (positions + kPositionsPerBlock - 1) / kPositionsPerBlock;
-  const int64_t allowed = (kMaxBlocks + sequences - 1) / sequences;
+  const int64_t wanted = ceil_div(positions, kPositionsPerBlock);
+  const int64_t allowed = ceil_div(kMaxBlocks, sequences);
   return {positions,  sequences,  int(experts), int(groups),
           int(limit), int(top_k), int(wanted < allowed ? wanted : allowed), scale};
 }
 
 int threads_of(const Shape& shape) {
-  return kWarpSize * int(shape.positions < kMaxWarps ? shape.positions : kMaxWarps);
+  return whole_warps(shape.positions * kWarpSize, kMaxWarps * kWarpSize);
 }
 
 // Launchers return `call` for the number of experts a lane holds, kSlots.

@@ -4,6 +4,7 @@
 // assignments to an expert are the bits of one word: what a row's place asks for is then a count
 // of bits and a sum over chunks. No sum depends on an order that is not fixed.
 
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 
 namespace {
@@ -11,27 +12,26 @@ namespace {
 constexpr int kChunk = kWarpSize;
 constexpr int kMaxExperts = 512;
 constexpr int kMaxTiles = kMaxExperts / kWarpSize;
-constexpr int kMaxThreads = 1024;
+constexpr int kScanThreads = 1024;
 
 // The sum over the lanes up to this one.
 __device__ __forceinline__ int warp_prefix(int value) {
-  const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int delta = 1; delta < kWarpSize; delta *= 2) {
     const int below = __shfl_up_sync(kFullMask, value, delta);
-    if (lane >= delta) value += below;
+    if (lane() >= delta) value += below;
   }
   return value;
 }
 
 // Bit j of lane i becomes bit i of lane j: blocks of 16 are exchanged, then blocks in them.
 __device__ __forceinline__ unsigned transposed(unsigned word) {
-  const int lane = threadIdx.x % kWarpSize;
   unsigned low = 0x0000ffffu;
 #pragma unroll
   for (int step = kWarpSize / 2; step > 0; step /= 2, low ^= low << step) {
     const unsigned other = __shfl_xor_sync(kFullMask, word, step);
-    word = lane & step ? (word & ~low) | (other >> step & low) : (word & low) | (other & low) << step;
+    word = lane() & step ? (word & ~low) | (other >> step & low)
+                         : (word & low) | (other & low) << step;
   }
   return word;
 }
@@ -64,14 +64,13 @@ __global__ void __launch_bounds__(kMaxExperts)
 }
 
 // Each column of counts becomes the sums of what is above; a lane a column, a warp some chunks.
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kScanThreads)
     scan(int* counts, int64_t* tokens_per_expert, int num_chunks, int num_experts,
          int64_t num_rows) {
-  SHARED_ARRAY(int, sums, kMaxThreads);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int num_warps = blockDim.x / kWarpSize, share = (num_chunks + num_warps - 1) / num_warps;
-  const int column = blockIdx.x * kWarpSize + lane, num_columns = num_experts + 1;
-  const int first = warp * share, end = first + share < num_chunks ? first + share : num_chunks;
+  SHARED_ARRAY(int, sums, kScanThreads);
+  const int num_warps = blockDim.x / kWarpSize, share = ceil_div(num_chunks, num_warps);
+  const int column = blockIdx.x * kWarpSize + lane(), num_columns = num_experts + 1;
+  const int first = warp() * share, end = first + share < num_chunks ? first + share : num_chunks;
   int sum = 0;
   if (column < num_columns) {
 #pragma unroll 4
@@ -85,8 +84,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   int above = 0, total = 0;
   for (int other = 0; other < num_warps; ++other) {
-    const int part = sums[other * kWarpSize + lane];
-    if (other < warp) above += part;
+    const int part = sums[other * kWarpSize + lane()];
+    if (other < warp()) above += part;
     total += part;
   }
 #pragma unroll 4
@@ -96,7 +95,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     *place = above;
     above += count;
   }
-  if (warp > 0) return;
+  if (warp() > 0) return;
   if (column < num_experts) {
     tokens_per_expert[column] = total;
   } else {
@@ -111,8 +110,7 @@ __global__ void __launch_bounds__(kMaxExperts)
          int64_t num_tokens, int num_experts) {
   SHARED_ARRAY(int, of_token, kMaxExperts);
   SHARED_ARRAY(int, of_tile, kMaxTiles);
-  const int lane = threadIdx.x % kWarpSize, tile = threadIdx.x / kWarpSize;
-  const int num_tiles = blockDim.x / kWarpSize, expert = threadIdx.x;
+  const int tile = warp(), num_tiles = blockDim.x / kWarpSize, expert = threadIdx.x;
   const int64_t chunk = blockIdx.x;
   const int* before = counts + chunk * (num_experts + 1);
   const bool there = expert < num_experts;
@@ -121,14 +119,14 @@ __global__ void __launch_bounds__(kMaxExperts)
   const int sizes = warp_prefix(size);
   unsigned by_token = transposed(by_expert);
   of_token[threadIdx.x] = __popc(by_token);
-  if (lane == kWarpSize - 1) of_tile[tile] = sizes;
+  if (lane() == kWarpSize - 1) of_tile[tile] = sizes;
   __syncthreads();
 
   // The expert's first row of this chunk, and the token's first place in `rows` of this tile.
   int row_of_expert = sizes - size + (there ? before[expert] : 0);
   int in_lower_tiles = 0, in_all = 0;
   for (int other = 0; other < num_tiles; ++other) {
-    const int count = of_token[other * kWarpSize + lane];
+    const int count = of_token[other * kWarpSize + lane()];
     if (other < tile) {
       row_of_expert += of_tile[other];
       in_lower_tiles += count;
@@ -136,10 +134,10 @@ __global__ void __launch_bounds__(kMaxExperts)
     in_all += count;
   }
   const int start = before[num_experts] + warp_prefix(in_all) - in_all;
-  const int64_t token = chunk * kChunk + lane;
+  const int64_t token = chunk * kChunk + lane();
   if (tile == 0 && token < num_tokens) row_starts[token] = start;
 
-  const unsigned earlier = (1u << lane) - 1;
+  const unsigned earlier = (1u << lane()) - 1;
   for (int place = start + in_lower_tiles; __any_sync(kFullMask, by_token != 0); ++place) {
     const int source = by_token == 0 ? 0 : __ffs(by_token) - 1;
     const unsigned sharing = __shfl_sync(kFullMask, by_expert, source);
@@ -158,16 +156,15 @@ extern "C" int dispatch_index(const uint8_t* map, unsigned* words, int* counts, 
                               int64_t* assignments, int64_t* tokens_per_expert, int64_t* rows,
                               int64_t* row_starts, int64_t num_tokens, int64_t num_experts,
                               int64_t num_rows, void* stream) {
-  const int64_t num_chunks = (num_tokens + kChunk - 1) / kChunk;
-  const int tiles = (num_experts + kWarpSize - 1) / kWarpSize;
-  const int columns = (num_experts + 1 + kWarpSize - 1) / kWarpSize;
-  const int warps = num_chunks < kWarpSize ? num_chunks : kWarpSize;
-  int status = LAUNCH(mark, num_chunks, tiles * kWarpSize, stream, map, words, counts, num_tokens,
+  const int64_t num_chunks = ceil_div(num_tokens, kChunk);
+  const int threads = whole_warps(num_experts, kMaxExperts);
+  int status = LAUNCH(mark, num_chunks, threads, stream, map, words, counts, num_tokens,
                       int(num_experts));
   if (status) return status;
-  status = LAUNCH(scan, columns, warps * kWarpSize, stream, counts, tokens_per_expert,
-                  int(num_chunks), int(num_experts), num_rows);
+  status = LAUNCH(scan, ceil_div(num_experts + 1, kWarpSize),
+                  whole_warps(num_chunks * kWarpSize, kScanThreads), stream, counts,
+                  tokens_per_expert, int(num_chunks), int(num_experts), num_rows);
   if (status) return status;
-  return LAUNCH(fill, num_chunks, tiles * kWarpSize, stream, words, counts, tokens_per_expert,
-                tokens, assignments, rows, row_starts, num_tokens, int(num_experts));
+  return LAUNCH(fill, num_chunks, threads, stream, words, counts, tokens_per_expert, tokens,
+                assignments, rows, row_starts, num_tokens, int(num_experts));
 }

@@ -3,12 +3,12 @@
 // E experts, main_grad [E, size] fp32, gradient [E, size]; expert e's rows end before ends[e]. The
 // gradient of an expert without rows is never read: matrix products may leave it undefined.
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
+#include "common/launch.cuh"
 #include "common/vec.cuh"
 
 namespace {
 
-constexpr int kMaxThreads = 256;
 constexpr int kVectors = 4;  // of a thread
 
 template <typename T>
@@ -40,9 +40,8 @@ template <typename T>
 int launch_accumulate(float* main_grad, const void* gradient, const int32_t* ends,
                       int64_t num_experts, int64_t size, void* stream) {
   const int64_t vectors = size / Vec<T>::kSize;
-  const int64_t warps = (vectors + kWarpSize - 1) / kWarpSize;
-  const int64_t threads = warps * kWarpSize < kMaxThreads ? warps * kWarpSize : kMaxThreads;
-  const int64_t blocks = (vectors + threads * kVectors - 1) / (threads * kVectors);
+  const int threads = whole_warps(vectors, kMaxThreads);
+  const int64_t blocks = ceil_div(vectors, threads * kVectors);
   return LAUNCH(accumulate<T>, dim3(blocks, num_experts), threads, stream, main_grad,
                 static_cast<const T*>(gradient), ends, size);
 }

@@ -4,12 +4,11 @@
 // S positions, B samples, n heads; c nope and r rope channels of a head, w value channels.
 // Parts are [S, B, n, .] in memory, heads [B, n, S, .].
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
+#include "common/launch.cuh"
 #include "common/vec.cuh"
 
 namespace {
-
-constexpr int kMaxThreads = 256;
 
 struct Shape {
   int positions, samples, heads, nope, rope, value;
@@ -97,7 +96,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 // The sum over the heads of a position's rope gradients, turned back. A thread adds every
-// so-manieth head of one vector of channels; then one thread a vector adds theirs.
+// groups-th head of one vector of channels; then one thread a vector adds theirs.
 template <typename T>
 __device__ void sum_heads(const T* grad_row, int64_t head_stride, const Rotation& back,
                           T* grad_k_rope, const Shape& shape) {
@@ -159,9 +158,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 int threads_for(const Shape& shape, int vec) {
-  const int64_t vectors = int64_t(shape.heads) * (shape.nope + shape.rope) / vec;
-  const int64_t warps = (vectors + kWarpSize - 1) / kWarpSize;
-  return warps * kWarpSize < kMaxThreads ? warps * kWarpSize : kMaxThreads;
+  return whole_warps(int64_t(shape.heads) * (shape.nope + shape.rope) / vec, kMaxThreads);
 }
 
 template <typename T>

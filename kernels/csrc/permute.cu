@@ -4,13 +4,13 @@
 // T tokens, R rows, h channels, E experts. Row r belongs to tokens[r]; rows [R] names the rows of
 // token 0, then of token 1, and so on; row_starts [T] says where each token begins in it.
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
 namespace {
 
-constexpr int kMaxThreads = 256;
 // Vectors that a thread asks for before it waits for the first: of one row, or of as many rows.
 constexpr int kVectorsInFlight = 4;
 constexpr int kRowsInFlight = 8;
@@ -167,15 +167,14 @@ __global__ void __launch_bounds__(kMaxThreads)
 __global__ void __launch_bounds__(kMaxThreads)
     gather_gates_backward(const float* grad_gathered, const int64_t* assignments, Plan plan,
                           float* grad_gates, int num_experts) {
-  const int lane = threadIdx.x % kWarpSize;
   const int64_t token = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
   if (token >= plan.num_tokens) return;
   const int64_t begin = plan.start(token), end = plan.start(token + 1);
-  for (int expert = lane; expert < num_experts; expert += kWarpSize) {
+  for (int expert = lane(); expert < num_experts; expert += kWarpSize) {
     grad_gates[token * num_experts + expert] = 0.0f;
   }
   __syncwarp();
-  for (int64_t place = begin + lane; place < end; place += kWarpSize) {
+  for (int64_t place = begin + lane(); place < end; place += kWarpSize) {
     const int64_t row = plan.row(place, token);
     CHECK_DEVICE(assignments[row] / num_experts == token, "assignments disagrees with tokens");
     grad_gates[assignments[row]] = grad_gathered[row];
@@ -183,25 +182,24 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 // Whole warps, each thread with as many vectors as the others as far as that goes.
-int threads_for(int64_t num_vectors) {
-  const int64_t turns = (num_vectors + kMaxThreads - 1) / kMaxThreads;
-  const int64_t busy = (num_vectors + turns - 1) / turns;
-  return int(busy + kWarpSize - 1) / kWarpSize * kWarpSize;
+int balanced_threads(int64_t num_vectors) {
+  const int64_t turns = ceil_div(num_vectors, kMaxThreads);
+  return whole_warps(ceil_div(num_vectors, turns), kMaxThreads);
 }
 
 template <typename T>
 int launch_sum(const void* values, const float* gates, Plan plan, void* sums, int64_t width,
                void* stream) {
-  return LAUNCH(sum<T>, plan.num_tokens, threads_for(width / Vec<T>::kSize), stream,
+  return LAUNCH(sum<T>, plan.num_tokens, balanced_threads(width / Vec<T>::kSize), stream,
                 static_cast<const T*>(values), gates, plan, static_cast<T*>(sums), int(width));
 }
 
 template <typename T>
 int launch_backward(const void* grad_sums, const void* values, const float* gates, Plan plan,
                     void* grad_values, float* grad_gates, int64_t width, void* stream) {
-  return LAUNCH(gated_sum_backward<T>, plan.num_tokens, threads_for(width / Vec<T>::kSize), stream,
-                static_cast<const T*>(grad_sums), static_cast<const T*>(values), gates, plan,
-                static_cast<T*>(grad_values), grad_gates, int(width));
+  return LAUNCH(gated_sum_backward<T>, plan.num_tokens, balanced_threads(width / Vec<T>::kSize),
+                stream, static_cast<const T*>(grad_sums), static_cast<const T*>(values), gates,
+                plan, static_cast<T*>(grad_values), grad_gates, int(width));
 }
 
 }  // namespace
@@ -211,8 +209,8 @@ extern "C" int permute_gather_rows(const void* x, const int64_t* tokens, const i
                                    int64_t num_rows, int64_t row_bytes, void* stream) {
   const Plan plan{tokens, rows, row_starts, num_tokens, num_rows};
   const int64_t num_vectors = row_bytes / sizeof(uint4);
-  return LAUNCH(gather, num_tokens, threads_for(num_vectors), stream, static_cast<const uint4*>(x),
-                plan, static_cast<uint4*>(gathered), int(num_vectors));
+  return LAUNCH(gather, num_tokens, balanced_threads(num_vectors), stream,
+                static_cast<const uint4*>(x), plan, static_cast<uint4*>(gathered), int(num_vectors));
 }
 
 extern "C" int permute_sum_rows(const void* values, const float* gates, const int64_t* tokens,
@@ -237,9 +235,9 @@ extern "C" int permute_sum_rows_backward(const void* grad_sums, const void* valu
 extern "C" int permute_gather_gates(const float* gates, const int64_t* assignments,
                                     float* gathered, int64_t num_gates, int64_t num_rows,
                                     void* stream) {
-  const int threads = threads_for(num_rows);
-  return LAUNCH(gather_gates, (num_rows + threads - 1) / threads, threads, stream, gates,
-                assignments, gathered, num_gates, num_rows);
+  const int threads = balanced_threads(num_rows);
+  return LAUNCH(gather_gates, ceil_div(num_rows, threads), threads, stream, gates, assignments,
+                gathered, num_gates, num_rows);
 }
 
 extern "C" int permute_gather_gates_backward(const float* grad_gathered,
@@ -248,7 +246,7 @@ extern "C" int permute_gather_gates_backward(const float* grad_gathered,
                                              float* grad_gates, int64_t num_tokens,
                                              int64_t num_rows, int64_t num_experts, void* stream) {
   const Plan plan{tokens, rows, row_starts, num_tokens, num_rows};
-  const int threads = threads_for(num_tokens * kWarpSize);
-  return LAUNCH(gather_gates_backward, (num_tokens * kWarpSize + threads - 1) / threads, threads,
-                stream, grad_gathered, assignments, plan, grad_gates, int(num_experts));
+  const int threads = balanced_threads(num_tokens * kWarpSize);
+  return LAUNCH(gather_gates_backward, ceil_div(num_tokens * kWarpSize, threads), threads, stream,
+                grad_gathered, assignments, plan, grad_gates, int(num_experts));
 }

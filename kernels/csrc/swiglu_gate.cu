@@ -2,13 +2,12 @@
 //
 // R rows, f channels: projected [R, 2f] holds g, then u; gates [R] or none.
 
-#include "common/check.h"
+#include "common/dtypes.cuh"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
 namespace {
-
-constexpr int kMaxThreads = 256;
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -60,15 +59,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (threadIdx.x == 0) grad_gates[row] = grad_gate;
 }
 
-int threads_for(int64_t width, int vec) {
-  const int64_t warps = (width / vec + kWarpSize - 1) / kWarpSize;
-  return warps * kWarpSize < kMaxThreads ? warps * kWarpSize : kMaxThreads;
-}
-
 template <typename T>
 int launch_forward(const void* projected, const float* gates, void* activation, int64_t rows,
                    int64_t width, void* stream) {
-  return LAUNCH(forward<T>, rows, threads_for(width, Vec<T>::kSize), stream,
+  return LAUNCH(forward<T>, rows, whole_warps(width / Vec<T>::kSize, kMaxThreads), stream,
                 static_cast<const T*>(projected), gates, static_cast<T*>(activation), int(width));
 }
 
@@ -76,7 +70,7 @@ template <typename T>
 int launch_backward(const void* grad_activation, const void* projected, const float* gates,
                     void* grad_projected, float* grad_gates, void* activation, int64_t rows,
                     int64_t width, void* stream) {
-  return LAUNCH(backward<T>, rows, threads_for(width, Vec<T>::kSize), stream,
+  return LAUNCH(backward<T>, rows, whole_warps(width / Vec<T>::kSize, kMaxThreads), stream,
                 static_cast<const T*>(grad_activation), static_cast<const T*>(projected), gates,
                 static_cast<T*>(grad_projected), grad_gates, static_cast<T*>(activation),
                 int(width));

@@ -17,7 +17,12 @@ from dsv2_kernels.native.registry import register
 from dsv2_kernels.native.workspace import zeros
 from dsv2_kernels.reference import device_limited_topk as reference
 
-MAX_EXPERTS, MAX_GROUPS, MAX_TOP_K, MAX_POSITIONS = 512, 64, 16, 2**20
+# csrc/device_limited_topk.cu has the same: 16 slots a lane (FOR_SLOTS) of 32 lanes, and kMaxGroups.
+MAX_EXPERTS, _MAX_GROUPS = 512, 64
+# Lane k holds the k-th expert: 32 would fit, 16 are tested.
+MAX_TOP_K = 16
+# Entropies below 8 in units of 2^-40 add up to less than 2^63 in a 64-bit word.
+_MAX_POSITIONS = 2**20
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -115,25 +120,25 @@ def _check(
     arguments.tensor("logits", logits, [None, None])
     num_tokens, num_experts = logits.shape
     _check_sizes(arguments, num_tokens, num_experts, num_sequences)
-    divides = 1 <= num_groups <= MAX_GROUPS and num_experts % num_groups == 0
-    supported = f"divisors of {num_experts} experts up to {MAX_GROUPS}"
-    arguments.that(divides, "num_groups", num_groups, supported)
+    divides = 1 <= num_groups <= _MAX_GROUPS and num_experts % num_groups == 0
+    supported = f"divisors of {num_experts} experts up to {_MAX_GROUPS}"
+    arguments.require(divides, "num_groups", num_groups, supported)
     limits = 1 <= num_limited <= num_groups
-    arguments.that(limits, "num_limited", num_limited, f"1 to {num_groups} groups")
+    arguments.require(limits, "num_limited", num_limited, f"1 to {num_groups} groups")
     reachable = min(MAX_TOP_K, num_limited * (num_experts // num_groups))
-    arguments.that(1 <= top_k <= reachable, "top_k", top_k, f"1 to {reachable}")
+    arguments.require(1 <= top_k <= reachable, "top_k", top_k, f"1 to {reachable}")
 
 
 def _check_sizes(
     arguments: Arguments, num_tokens: int, num_experts: int, num_sequences: int
 ) -> None:
-    experts = f"1 to {MAX_EXPERTS} experts"
-    arguments.that(1 <= num_experts <= MAX_EXPERTS, "width", num_experts, experts)
+    fits = 1 <= num_experts <= MAX_EXPERTS
+    arguments.require(fits, "experts", num_experts, f"1 to {MAX_EXPERTS}")
     divides = num_sequences >= 1 and num_tokens % num_sequences == 0
-    arguments.that(divides, "num_sequences", num_sequences, f"divisors of {num_tokens} tokens")
+    arguments.require(divides, "num_sequences", num_sequences, f"divisors of {num_tokens} tokens")
     positions = num_tokens // num_sequences
-    fits = positions <= MAX_POSITIONS
-    arguments.that(fits, "positions of a sequence", positions, f"up to {MAX_POSITIONS}")
+    fits = positions <= _MAX_POSITIONS
+    arguments.require(fits, "positions of a sequence", positions, f"up to {_MAX_POSITIONS}")
 
 
 def _launch_forward(
@@ -184,7 +189,7 @@ def _launch_backward(
     num_tokens, num_experts = affinities.shape
     arguments.tensor("experts", experts, [num_tokens, None], [torch.int64], device)
     top_k = experts.size(1)
-    arguments.that(1 <= top_k <= MAX_TOP_K, "experts", top_k, f"1 to {MAX_TOP_K} columns")
+    arguments.require(1 <= top_k <= MAX_TOP_K, "experts", top_k, f"1 to {MAX_TOP_K} columns")
     arguments.tensor("grad_gates", grad_gates, [num_tokens, top_k], float32, device)
     num_sequences = 1
     if grad_affinity_sums is not None:

@@ -58,9 +58,9 @@ def _launch(routing_map: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor,
     arguments = Arguments("dispatch_index")
     arguments.tensor("routing_map", routing_map, [None, None], [torch.bool])
     num_tokens, num_experts = routing_map.shape
-    arguments.that(num_experts <= _MAX_EXPERTS, "E", num_experts, f"at most {_MAX_EXPERTS}")
+    arguments.require(num_experts <= _MAX_EXPERTS, "E", num_experts, f"at most {_MAX_EXPERTS}")
     most = min(routing_map.numel(), torch.iinfo(torch.int32).max)
-    arguments.that(0 <= num_rows <= most, "num_rows", num_rows, f"0 to {most}")
+    arguments.require(0 <= num_rows <= most, "num_rows", num_rows, f"0 to {most}")
     results = _fake(routing_map, num_rows)
     if not routing_map.numel():
         for result in results:

@@ -15,7 +15,7 @@ from dsv2_kernels.native.library import launch
 from dsv2_kernels.native.registry import register
 from dsv2_kernels.reference import mla_rope as reference
 
-# Vectors of 16 bytes that a block of threads adds up side by side.
+# kMaxThreads of csrc/common/launch.cuh: each 16-byte vector of a rope gradient takes a thread.
 _MAX_ROPE_VECTORS = 256
 
 
@@ -75,16 +75,16 @@ def mla_rope_backward(
 
 def _check_widths(arguments: Arguments, q: Tensor, rope: int, value: int) -> None:
     num_positions, num_samples, num_heads, width = q.shape
-    arguments.that(num_heads > 0, "heads", num_heads, "at least 1")
+    arguments.require(num_heads > 0, "heads", num_heads, "at least 1")
     blocks = num_positions * num_samples
-    arguments.that(blocks < 2**31, "positions times samples", blocks, "less than 2^31")
-    arguments.that(0 < rope <= width, "rope channels", rope, f"1 to the head's width, {width}")
+    arguments.require(blocks < 2**31, "positions times samples", blocks, "less than 2^31")
+    arguments.require(0 < rope <= width, "rope channels", rope, f"1 to the head's width, {width}")
     arguments.vectors("rope channels", rope, q.dtype)
-    arguments.that(value > 0, "value channels", value, "at least 1")
+    arguments.require(value > 0, "value channels", value, "at least 1")
     arguments.vectors("nope channels", width - rope, q.dtype)
     arguments.vectors("value channels", value, q.dtype)
     most = _MAX_ROPE_VECTORS * 16 // q.element_size()
-    arguments.that(rope <= most, "rope channels", rope, f"at most {most} for {q.dtype}")
+    arguments.require(rope <= most, "rope channels", rope, f"at most {most} for {q.dtype}")
 
 
 def _check_angles(arguments: Arguments, q: Tensor, rope: int, cos: Tensor, sin: Tensor) -> None:

@@ -131,7 +131,9 @@ def _check_plan(
     arguments.tensor("rows", rows, [tokens.size(0)], integers, device, aligned=False)
     arguments.tensor("row_starts", row_starts, [num_tokens], integers, device, aligned=False)
     if not row_starts.size(0):
-        arguments.that(not tokens.size(0), "tokens", f"{tokens.size(0)} rows", "0 without tokens")
+        arguments.require(
+            not tokens.size(0), "tokens", f"{tokens.size(0)} rows", "0 without tokens"
+        )
 
 
 def _check_values(

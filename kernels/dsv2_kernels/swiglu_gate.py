@@ -58,7 +58,7 @@ def swiglu_gate_backward(
 def _check(op: str, projected: Tensor, gates: Tensor | None) -> Arguments:
     arguments = Arguments(op)
     arguments.tensor("projected", projected, [None, None])
-    arguments.that(projected.size(1) % 2 == 0, "projected", projected.size(1), "even widths")
+    arguments.require(projected.size(1) % 2 == 0, "projected", projected.size(1), "even widths")
     arguments.vectors("width", projected.size(1) // 2, projected.dtype)
     if gates is not None:
         shape = [projected.size(0)]
@@ -69,7 +69,7 @@ def _check(op: str, projected: Tensor, gates: Tensor | None) -> Arguments:
 def _launch_forward(projected: Tensor, gates: Tensor | None) -> Tensor:
     _check("swiglu_gate", projected, gates)
     rows, width = projected.size(0), projected.size(1) // 2
-    activation = projected.new_empty(rows, width)
+    activation = _fake_forward(projected, gates)
     if activation.numel():
         launch("swiglu_gate_forward", projected, gates, activation, rows, width, projected.dtype)
     return activation

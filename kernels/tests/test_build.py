@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dsv2_kernels.native import build
-from dsv2_kernels.native.build import BuildError, Usage
+from dsv2_kernels.native.build import BuildError
+from dsv2_kernels.native.usage import Usage, parse_usage, table
 
 # nvcc 13.0 on a kernel of swiglu_gate.cu, and on one that holds 96 values in 64 registers.
 GOOD = """\
@@ -67,30 +68,37 @@ def no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_usage_is_read() -> None:
-    good, spilling = build.parse_usage("x.cu", GOOD + SPILLING)
+    good, spilling = parse_usage("x.cu", GOOD + SPILLING)
     assert (good.architecture, good.registers, good.spill_bytes) == ("80", 59, 0)
     assert good.shared_bytes == 128
     assert spilling == Usage("x.cu", "_Z8spillingPf", "90a", 64, 1684 + 2708, 0)
-    assert build.parse_usage("x.cu", SPILLING_CALLEE)[0].spill_bytes == 24
-    assert build.parse_usage("x.cu", "ptxas info    : 0 bytes gmem\n") == []
+    assert parse_usage("x.cu", SPILLING_CALLEE)[0].spill_bytes == 24
+    assert parse_usage("x.cu", "ptxas info    : 0 bytes gmem\n") == []
 
 
-def test_usage_that_reads_otherwise_is_refused() -> None:
-    with pytest.raises(BuildError, match=r"x\.cu: what ptxas says of a kernel cannot be read"):
-        build.parse_usage("x.cu", GOOD.replace("Used 59 registers", "Using 59 registers"))
+def test_usage_that_reads_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    otherwise = GOOD.replace("Used 59 registers", "Using 59 registers")
+    with pytest.raises(ValueError, match=r"x\.cu: what ptxas says of a kernel cannot be read"):
+        parse_usage("x.cu", otherwise)
+    nvcc = nvcc_that_says(tmp_path, otherwise)
+    monkeypatch.setenv("PATH", str(nvcc.parent), prepend=":")
+    with pytest.raises(BuildError, match="what ptxas says of a kernel cannot be read"):
+        build.build_cuda(tmp_path / "cuda.so")
 
 
 def test_the_table_has_names_of_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    usages = build.parse_usage("x.cu", GOOD + SPILLING)
-    head, *rows = [line.split() for line in build.table(usages).splitlines()]
+    usages = parse_usage("x.cu", GOOD + SPILLING)
+    head, *rows = [line.split() for line in table(usages).splitlines()]
     assert head[:4] == ["source", "kernel", "sm", "registers"]
     assert rows == [
         ["x.cu", "backward<__half>", "80", "59", "128", "0"],
         ["x.cu", "spilling", "90a", "64", "0", "4392"],
     ]
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "_Z8spillingPf" in build.table(usages)
-    assert build.table([]).split()[0] == "source"
+    assert "_Z8spillingPf" in table(usages)
+    assert table([]).split()[0] == "source"
 
 
 def test_a_kernel_that_spills_leaves_no_library(

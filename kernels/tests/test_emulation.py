@@ -84,7 +84,7 @@ Run = Callable[..., torch.Tensor]
 
 
 def source() -> str:
-    texts = ['#include "common/check.h"\n']
+    texts = ['#include "common/dtypes.cuh"\n']
     for name, body in KERNELS.items():
         blocks, threads = GRIDS.get(name, ("blocks", "threads"))
         texts.append(f"""

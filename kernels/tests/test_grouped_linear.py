@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv2_kernels import grouped_linear as op
-from dsv2_kernels.native.library import DTYPES, LaunchError
+from dsv2_kernels.native import library
+from dsv2_kernels.native.library import DTYPES
 from dsv2_kernels.reference import grouped_linear as reference
 from dsv2_kernels.testing.numeric import assert_as_good
 
@@ -166,12 +168,13 @@ def test_ends_that_descend() -> None:
             op.grouped_linear(x, weights, torch.tensor(ends, dtype=torch.int32))
 
 
-def test_ends_that_descend_are_told_by_the_emulation(device: torch.device) -> None:
-    if device.type == "cuda":
-        pytest.skip("a trap ends a process' use of its GPU")
+def test_ends_that_descend_are_told_by_the_emulation(emulated_library: Path) -> None:
     gradient = torch.zeros(2, 8, 8)
     ends = torch.tensor([4, 3], dtype=torch.int32)
-    with pytest.raises(LaunchError, match="ends descend"):
+    with (
+        library.emulated(emulated_library),
+        pytest.raises(library.LaunchError, match="ends descend"),
+    ):
         op.grouped_linear_accumulate_(torch.zeros(2, 8, 8), gradient, ends)
 
 

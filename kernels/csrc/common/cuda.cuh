@@ -44,3 +44,5 @@
 
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kWarpSize = 32;
+// What a launcher returns for a value that it does not support.
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue

@@ -6,6 +6,6 @@ extern "C" const char* error_text(int status) {
 #if defined(__CUDACC__)
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 #else
-  return status == 1 ? "invalid argument" : emulation::error_text();
+  return status == kInvalidValue ? "invalid argument" : emulation::error_text();
 #endif
 }

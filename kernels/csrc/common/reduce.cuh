@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cuda.cuh"
+#include "launch.cuh"
 
 // The same sum on every lane.
 template <typename T>
@@ -26,11 +26,10 @@ __device__ __forceinline__ float warp_max(float value) {
 template <typename T>
 __device__ __forceinline__ T block_sum(T value) {
   SHARED_ARRAY(T, partial, kWarpSize);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   value = warp_sum(value);
   __syncthreads();  // an earlier sum may still be read
-  if (lane == 0) partial[warp] = value;
+  if (lane() == 0) partial[warp()] = value;
   __syncthreads();
   const int num_warps = blockDim.x / kWarpSize;
-  return warp_sum(lane < num_warps ? partial[lane] : T(0));
+  return warp_sum(lane() < num_warps ? partial[lane()] : T(0));
 }

@@ -12,7 +12,6 @@
 
 #define __global__
 #define __device__
-#define __host__
 // Inlined indeed: a local array that no call is given is known to be its thread's own.
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
@@ -99,7 +98,6 @@ inline float __int_as_float(int bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline void __threadfence() {}
 
 template <typename T>

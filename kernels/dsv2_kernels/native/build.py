@@ -1,7 +1,6 @@
 """Compiles the kernels: by nvcc for GPUs, or by a host compiler, which runs them as fibers.
 
 python -m dsv2_kernels.native.build cuda        # what `make kernels` does
-python -m dsv2_kernels.native.build emulated
 """
 
 import argparse
@@ -15,8 +14,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+from dsv2_kernels.native.usage import Usage, parse_usage, table
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 BUILT = Path(__file__).parent / "built"
@@ -34,18 +34,6 @@ ON_PYPI = "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-cccl nvidia-
 
 class BuildError(RuntimeError):
     """A compiler that is missing, or what it said."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What ptxas says of one kernel on one architecture."""
-
-    source: str
-    kernel: str
-    architecture: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
 
 
 def source_hash(sources: Path = SOURCES) -> str:
@@ -80,7 +68,10 @@ def build_cuda(
     # Where the packages on PyPI have what is linked; nvcc looks beside it.
     flags += [f"-L{Path(nvcc).parents[1] / 'lib'}"]
     said = _compile([nvcc, *flags], [], target)
-    usages = [usage for source, text in said.items() for usage in parse_usage(source, text)]
+    try:
+        usages = [usage for source, text in said.items() for usage in parse_usage(source, text)]
+    except ValueError as error:
+        raise BuildError(str(error)) from error
     spilling = [usage for usage in usages if usage.spill_bytes]
     if spilling:
         target.unlink()
@@ -115,8 +106,7 @@ def build_emulated(target: Path, *, sanitizer: str = "none", sources: Path = SOU
     flags += ["-Wall", "-Wno-unknown-pragmas", "-x", "c++"]
     instrumented = [compiler, *flags, *SANITIZERS[sanitizer]]
     fibers = [compiler, *flags, f"-DEMULATION_{sanitizer.upper()}"]
-    extra = [([*fibers], sources / "emulation" / "fibers.cpp")]
-    _compile(instrumented, extra, target, sources)
+    _compile(instrumented, [(fibers, sources / "emulation" / "fibers.cpp")], target, sources)
 
 
 def find_nvcc() -> str:
@@ -147,68 +137,6 @@ def nvcc_version(nvcc: str) -> str:
     return match[1]
 
 
-def parse_usage(source: str, said: str) -> list[Usage]:
-    """Read ptxas' -v output.
-
-    Args:
-        source: the file that was compiled.
-        said: one or more kernels, each for one or more architectures.
-    """
-    usages = []
-    for block in said.split("Compiling entry function '")[1:]:
-        head = re.match(r"(\w+)' for 'sm_(\w+)'", block)
-        used = re.search(r"Used (\d+) registers([^\n]*)", block)
-        if head is None or used is None:
-            raise BuildError(f"{source}: what ptxas says of a kernel cannot be read:\n{block}")
-        shared = re.search(r"(\d+) bytes smem", used[2])
-        usages.append(
-            Usage(
-                source=source,
-                kernel=head[1],
-                architecture=head[2],
-                registers=int(used[1]),
-                spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", block))),
-                shared_bytes=int(shared[1]) if shared else 0,
-            )
-        )
-    return usages
-
-
-def table(usages: Sequence[Usage]) -> str:
-    """A line a kernel and architecture, with the names of C++ where c++filt is there."""
-    rows: list[tuple[str, ...]] = [
-        ("source", "kernel", "sm", "registers", "shared bytes", "spilled bytes")
-    ]
-    names = _demangle([usage.kernel for usage in usages])
-    for usage, name in zip(usages, names, strict=True):
-        numbers = map(str, (usage.registers, usage.shared_bytes, usage.spill_bytes))
-        rows.append((usage.source, name, usage.architecture, *numbers))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
-def _demangle(names: list[str]) -> list[str]:
-    """Names with their template arguments, without those of the call."""
-    program = shutil.which("c++filt")
-    if program is None or not names:
-        return names
-    said = subprocess.run(
-        [program], input="\n".join(names), capture_output=True, text=True, check=True
-    ).stdout
-    return [_short(line) for line in said.splitlines()]
-
-
-def _short(signature: str) -> str:
-    signature = signature.replace("(anonymous namespace)::", "").removeprefix("void ")
-    depth = 0
-    for place, letter in enumerate(signature):
-        depth += (letter == "<") - (letter == ">")
-        if letter == "(" and depth == 0:
-            return signature[:place]
-    return signature
-
-
 def _compile(
     compiler: list[str],
     extra: list[tuple[list[str], Path]],
@@ -227,7 +155,7 @@ def _compile(
         [*command, "-c", str(path), "-o", str(each)]
         for (command, path), each in zip(jobs, objects, strict=True)
     ]
-    # Unsupported flags of the language are left out of the link: its inputs are objects.
+    # `-x c++` would make the linker read objects as source.
     link = [flag for flag in compiler if flag not in ("-x", "c++")]
     partial = target.with_suffix(".partial")
     try:
@@ -252,19 +180,16 @@ def _run(command: list[str]) -> str:
 def main() -> int:
     """Build what the command line names, and say where it is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["cuda", "emulated"])
+    parser.add_argument("kind", choices=["cuda"])
     parser.add_argument("--debug", action="store_true", help="check the indices that kernels read")
     arguments = parser.parse_args()
-    target = BUILT / f"{arguments.kind}.so"
+    target = BUILT / "cuda.so"
     try:
-        if arguments.kind == "cuda":
-            sys.stdout.write(f"{table(build_cuda(target, debug=arguments.debug))}\n")
-        else:
-            build_emulated(target)
+        usages = build_cuda(target, debug=arguments.debug)
     except BuildError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(f"{target}\n")
+    sys.stdout.write(f"{table(usages)}\n{target}\n")
     return 0
 
 

@@ -69,7 +69,7 @@ class Arguments:
             found = f"an address of {tensor.data_ptr() % _ALIGNMENT} modulo {_ALIGNMENT}"
             raise ValueError(self._text(name, found, f"multiples of {_ALIGNMENT}"))
 
-    def that(self, holds: bool, name: str, found: object, supported: str) -> None:
+    def require(self, holds: bool, name: str, found: object, supported: str) -> None:
         """Refuse a value.
 
         Raises:
@@ -85,7 +85,7 @@ class Arguments:
             ValueError: as above.
         """
         size = _ALIGNMENT // dtype.itemsize
-        self.that(width % size == 0, name, width, f"multiples of {size} for {dtype}")
+        self.require(width % size == 0, name, width, f"multiples of {size} for {dtype}")
 
     def _text(self, name: str, found: str, supported: str) -> str:
         return f"{self._op}: {name} has {found}; supported: {supported}"

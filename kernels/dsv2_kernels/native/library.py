@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsv2_kernels.native.build import BUILT, SOURCES, source_hash
 
-# csrc/common/check.h has the same numbers.
+# csrc/common/dtypes.cuh has the same numbers.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _EMULATED: ContextVar[ctypes.CDLL | None] = ContextVar("emulated kernels", default=None)

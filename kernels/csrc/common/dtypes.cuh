@@ -1,4 +1,4 @@
-// Dtypes of launchers, and what a launcher returns.
+// Dtypes of launchers.
 
 #pragma once
 
@@ -6,8 +6,6 @@
 
 // Python's native/library.py has the same numbers.
 enum Dtype : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
 // Launchers return `call` for the C++ type T of a dtype, an error for others.
 #define FOR_DTYPE(dtype, ...)                                    \
