@@ -147,13 +147,13 @@ __device__ __forceinline__ void add_up(const float* sums, int stride, const int*
     if (i < shape.experts) {
       float sum = 0.0f;
       for (int warp = 0; warp < num_warps; ++warp) sum += sums[warp * stride + i];
-      atomicAdd(&totals[i], Word(sum / kUnit));
+      atomicAdd(&totals[i], Word(rintf(sum / kUnit)));
     } else if (tallies[i - shape.experts]) {
       atomicAdd(&totals[i], Word(tallies[i - shape.experts]));
     }
   }
   if (threadIdx.x == 0) {
-    atomicAdd(total_entropy, Word(entropy / kUnit));
+    atomicAdd(total_entropy, Word(rintf(entropy / kUnit)));
     atomicAdd(total_bad, Word(bad_tokens));
   }
   __threadfence();
@@ -161,13 +161,15 @@ __device__ __forceinline__ void add_up(const float* sums, int stride, const int*
   if (threadIdx.x == 0) {
     ending[0] = atomicAdd(done, Word(1)) == Word(shape.blocks - 1);
     __threadfence();
-    ending[1] = ending[0] ? atomicExch(total_bad, Word(0)) : 0;
+    ending[1] = ending[0] ? __ldcg(total_bad) : 0;
+    if (ending[0]) *total_bad = 0;
   }
   __syncthreads();
   if (!ending[0]) return;
   const bool bad = ending[1];
   for (int i = threadIdx.x; i < num_sums; i += blockDim.x) {
-    const Word total = atomicExch(&totals[i], Word(0));
+    const Word total = __ldcg(&totals[i]);
+    totals[i] = 0;
     const int64_t row = sequence * shape.experts;
     if (i < shape.experts) {
       out.affinity_sums[row + i] = bad ? NAN : float(total) * kUnit;
@@ -178,10 +180,10 @@ __device__ __forceinline__ void add_up(const float* sums, int stride, const int*
     }
   }
   if (threadIdx.x == 0) {
-    const Word total = atomicExch(total_entropy, Word(0));
+    const Word total = __ldcg(total_entropy);
+    *total_entropy = *done = 0;
     out.entropy_sums[sequence] = bad ? NAN : float(total) * kUnit;
     out.bad_token_counts[sequence] = int(ending[1]);
-    atomicExch(done, Word(0));
   }
 }
 

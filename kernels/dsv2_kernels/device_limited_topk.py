@@ -120,6 +120,9 @@ def _check(
     arguments.tensor("logits", logits, [None, None])
     num_tokens, num_experts = logits.shape
     _check_sizes(arguments, num_tokens, num_experts, num_sequences)
+    positions = num_tokens // num_sequences
+    fits = positions <= _MAX_POSITIONS
+    arguments.require(fits, "positions of a sequence", positions, f"up to {_MAX_POSITIONS}")
     divides = 1 <= num_groups <= _MAX_GROUPS and num_experts % num_groups == 0
     supported = f"divisors of {num_experts} experts up to {_MAX_GROUPS}"
     arguments.require(divides, "num_groups", num_groups, supported)
@@ -136,9 +139,6 @@ def _check_sizes(
     arguments.require(fits, "experts", num_experts, f"1 to {MAX_EXPERTS}")
     divides = num_sequences >= 1 and num_tokens % num_sequences == 0
     arguments.require(divides, "num_sequences", num_sequences, f"divisors of {num_tokens} tokens")
-    positions = num_tokens // num_sequences
-    fits = positions <= _MAX_POSITIONS
-    arguments.require(fits, "positions of a sequence", positions, f"up to {_MAX_POSITIONS}")
 
 
 def _launch_forward(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from dsv2_kernels.native.checks import Arguments
-from dsv2_kernels.native.library import launch
+from dsv2_kernels.native.library import checks_indices, launch
 from dsv2_kernels.native.registry import register
 from dsv2_kernels.reference import grouped_linear as reference
 
@@ -97,7 +97,13 @@ def _check_product(op: str, name: str, rows: Tensor, weights: Tensor, ends: Tens
     sizes = [None, None, rows.size(1)] if name == "x" else [None, rows.size(1), None]
     arguments.tensor("weights", weights, sizes, [rows.dtype], rows.device)
     _check_widths(arguments, weights, rows.dtype)
-    arguments.tensor("ends", ends, [weights.size(0)], [torch.int32], rows.device)
+    _check_ends(arguments, ends, weights.size(0), rows)
+
+
+def _check_ends(arguments: Arguments, ends: Tensor, num_experts: int, rows: Tensor) -> None:
+    arguments.tensor("ends", ends, [num_experts], [torch.int32], rows.device)
+    if checks_indices():
+        reference.spans(ends, rows.size(0))
 
 
 def _check_widths(arguments: Arguments, weights: Tensor, dtype: torch.dtype) -> None:
@@ -126,7 +132,7 @@ def _add_gradient(main_grad: Tensor, grad_y: Tensor, x: Tensor, ends: Tensor) ->
     shape = [None, grad_y.size(1), x.size(1)]
     arguments.tensor("main_grad", main_grad, shape, [torch.float32], x.device)
     _check_widths(arguments, main_grad, x.dtype)
-    arguments.tensor("ends", ends, [main_grad.size(0)], [torch.int32], x.device)
+    _check_ends(arguments, ends, main_grad.size(0), x)
     if x.size(0) and main_grad.numel():
         _launch(main_grad, grouped_mm(grad_y.t(), x, offs=ends), ends)
 

@@ -3,8 +3,9 @@
 `plan = (tokens, rows, row_starts)`, then `rows = gather_rows(x, *plan)` and
 `x = sum_rows(rows, *plan)`, each the other's gradient; `gather_gates(gates, assignments, *plan)`.
 
-Deterministic: no sum is shared between blocks. Indices that are out of range, or disagree with each
-other, are found where the kernels are built for debugging, or emulated.
+Deterministic: no sum is shared between blocks. Where the kernels are built for debugging, or
+emulated, indices that are out of range are found, and rows that disagree with their tokens; not a
+row that is named twice. The backward pass looks whether an assignment is of its row's token.
 """
 
 # T tokens, R rows, h channels, E experts

@@ -62,7 +62,7 @@ def _check(op: str, projected: Tensor, gates: Tensor | None) -> Arguments:
     arguments.vectors("width", projected.size(1) // 2, projected.dtype)
     if gates is not None:
         shape = [projected.size(0)]
-        arguments.tensor("gates", gates, shape, [torch.float32], projected.device)
+        arguments.tensor("gates", gates, shape, [torch.float32], projected.device, aligned=False)
     return arguments
 
 

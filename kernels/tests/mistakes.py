@@ -28,6 +28,19 @@ MISTAKES = {
     "swiglu_gate: up's channels taken for g's": Mistake(
         "swiglu_gate.cu", "load(g + width + i)", "load(g + i)", "none", "error"
     ),
+    "device_limited_topk: a block is counted before all its threads have added": Mistake(
+        "device_limited_topk.cu",
+        "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    ending[0]",
+        "  __threadfence();\n  if (threadIdx.x == 0) {\n    ending[0]",
+        "thread",
+        "data race",
+    ),
+    "device_limited_topk: a sixth slot that a lane has not": Mistake(
+        "device_limited_topk.cu", "<= 5 * kWarpSize", "<= 6 * kWarpSize", "none", "AssertionError"
+    ),
+    "device_limited_topk: a ninth slot that a lane has not": Mistake(
+        "device_limited_topk.cu", "<= 8 * kWarpSize", "<= 9 * kWarpSize", "none", "AssertionError"
+    ),
     "grouped_linear: one vector too many": Mistake(
         "grouped_linear.cu", "i >= size", "i > size", "address", "heap-buffer-overflow"
     ),
@@ -82,7 +95,11 @@ MISTAKES = {
         "device_limited_topk.cu", "== Word(shape.blocks - 1)", "== Word(0)", "none", "expert_counts"
     ),
     "device_limited_topk: blocks that ended are still counted in the next launch": Mistake(
-        "device_limited_topk.cu", "atomicExch(done, Word(0));", "", "none", "expert_counts"
+        "device_limited_topk.cu",
+        "*total_entropy = *done = 0;",
+        "*total_entropy = 0;",
+        "none",
+        "expert_counts",
     ),
     "device_limited_topk: tallies counted up before all are zero": Mistake(
         "device_limited_topk.cu",

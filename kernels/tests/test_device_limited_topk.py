@@ -19,6 +19,8 @@ Shape = tuple[int, int, int, int, int, int]
 
 FLOATS = ("affinities", "gates", "affinity_sums", "entropy_sums")
 COUNTS = ("experts", "expert_counts", "group_visits", "bad_token_counts")
+# Numbers of experts at which a lane holds more of them.
+EDGES = (64, 65, 160, 161, 256, 257, 512)
 # DeepSeek-V2's router on a few tokens, more than one block of a sequence.
 DEEPSEEK_V2 = (17, 2, 8, 20, 3, 6)
 
@@ -110,6 +112,9 @@ def exercise() -> None:
     small = (2, 2, 3, 5, 2, 4)
     for levels in (3, None):
         check(logits_of(small, levels, torch.float32, cpu), small)
+    for size in EDGES[1::2]:
+        edge = (1, 1, 1, size, 1, 4)
+        check(logits_of(edge, None, torch.float32, cpu), edge)
 
 
 def ask(device: torch.device) -> None:
@@ -177,6 +182,12 @@ def test_as_good_as_plain_torch(
     device: torch.device, shape: Shape, levels: int | None, dtype: torch.dtype
 ) -> None:
     check(logits_of(shape, levels, dtype, device), shape)
+
+
+@pytest.mark.parametrize("num_experts", EDGES)
+def test_experts_at_the_edges_of_a_lane(device: torch.device, num_experts: int) -> None:
+    shape = (2, 1, 1, num_experts, 1, 4)
+    check(logits_of(shape, None, torch.float32, device), shape)
 
 
 def test_several_blocks_of_a_sequence(device: torch.device) -> None:

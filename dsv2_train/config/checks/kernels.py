@@ -13,7 +13,7 @@ _BYTES = {"bf16": 2, "fp32": 4}
 _WIDTHS = {
     "permute": ("hidden_size",),
     "activation": ("intermediate_size", "moe_intermediate_size"),
-    "rope": ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    "rope": ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     "experts": ("hidden_size", "moe_intermediate_size"),
 }
 _LIMITS = {

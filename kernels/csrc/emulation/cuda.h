@@ -100,6 +100,12 @@ inline float __int_as_float(int bits) {
 }
 inline void __threadfence() {}
 
+// Past the cache that is not told of what other blocks wrote.
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
 template <typename T>
 T atomicAdd(T* address, T value) {
   static_assert(std::is_integral_v<T>, "sums of floats by atomics depend on their order");

@@ -290,7 +290,9 @@ int run(Grid grid, void (*body)(void*), void* argument) {
   std::lock_guard<std::mutex> lock(one_at_a_time);
   const size_t num_threads = size_t(grid.threads.x) * grid.threads.y * grid.threads.z;
   const size_t num_blocks = size_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
-  if (num_blocks == 0 || num_threads == 0 || num_threads > kMaxThreads) {
+  const Index& blocks = grid.blocks;
+  const bool fits = blocks.x <= 0x7fffffff && blocks.y <= 0xffff && blocks.z <= 0xffff;
+  if (!fits || num_blocks == 0 || num_threads == 0 || num_threads > kMaxThreads) {
     std::snprintf(error, sizeof error, "invalid configuration: %zu blocks of %zu threads",
                   num_blocks, num_threads);
     return kInvalidConfiguration;

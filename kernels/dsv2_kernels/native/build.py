@@ -21,6 +21,9 @@ from dsv2_kernels.native.usage import Usage, parse_usage, table
 SOURCES = Path(__file__).parents[2] / "csrc"
 BUILT = Path(__file__).parent / "built"
 
+# Of a stack: what the arguments of a device's last words take.
+_PRINTF_BYTES = 32
+
 ARCHITECTURES = ("80", "90a")
 SANITIZERS = {
     "none": (),
@@ -59,7 +62,7 @@ def build_cuda(
         What each kernel uses.
 
     Raises:
-        BuildError: nvcc is missing or fails, or a kernel spills registers.
+        BuildError: nvcc is missing or fails, or a kernel keeps in memory what belongs in registers.
     """
     nvcc = find_nvcc()
     flags = ["-O3", "--std=c++17", "-Xcompiler=-fPIC", "-Xptxas=-v", "--expt-relaxed-constexpr"]
@@ -72,10 +75,12 @@ def build_cuda(
         usages = [usage for source, text in said.items() for usage in parse_usage(source, text)]
     except ValueError as error:
         raise BuildError(str(error)) from error
-    spilling = [usage for usage in usages if usage.spill_bytes]
+    spilling = [each for each in usages if each.spill_bytes or each.stack_bytes > _PRINTF_BYTES]
     if spilling:
         target.unlink()
-        raise BuildError(f"kernels spill registers:\n{table(spilling)}")
+        raise BuildError(
+            f"kernels spill registers, or index arrays that then are in memory:\n{table(spilling)}"
+        )
     facts = {
         "sources": source_hash(),
         "nvcc": nvcc_version(nvcc),

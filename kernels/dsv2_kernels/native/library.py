@@ -48,15 +48,19 @@ def is_emulating() -> bool:
     return _EMULATED.get() is not None
 
 
+def checks_indices() -> bool:
+    """Whether kernels look at the indices that they read: emulated, or built with --debug."""
+    return is_emulating() or bool(_facts().get("debug"))
+
+
 @cache
 def why_missing() -> str | None:
     """Why the kernels cannot run on this process' GPU, and what to do; None where they can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    library, noted = BUILT / "cuda.so", BUILT / "cuda.json"
-    if not (library.exists() and noted.exists()):
+    facts = _facts()
+    if not (BUILT / "cuda.so").exists() or not facts:
         return "the kernels are not built; `make kernels` builds them"
-    facts = json.loads(noted.read_text())
     if SOURCES.exists() and facts["sources"] != source_hash():
         return "the kernels were built from other sources; `make kernels` builds them anew"
     return why_unfit(facts, torch.version.cuda, torch.cuda.get_device_capability())
@@ -125,6 +129,12 @@ def _as_c(value: Tensor | torch.dtype | int | float | None) -> Any:
     if isinstance(value, torch.dtype):
         return ctypes.c_int64(DTYPES[value])
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def _facts() -> dict[str, Any]:
+    """What `build_cuda` wrote of the built library; empty without one."""
+    noted = BUILT / "cuda.json"
+    return dict(json.loads(noted.read_text())) if noted.exists() else {}
 
 
 @cache

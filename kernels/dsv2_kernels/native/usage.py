@@ -16,6 +16,7 @@ class Usage:
     architecture: str
     registers: int
     spill_bytes: int
+    stack_bytes: int
     shared_bytes: int
 
 
@@ -43,6 +44,7 @@ def parse_usage(source: str, said: str) -> list[Usage]:
                 architecture=head[2],
                 registers=int(used[1]),
                 spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", block))),
+                stack_bytes=max(map(int, re.findall(r"(\d+) bytes stack frame", block)), default=0),
                 shared_bytes=int(shared[1]) if shared else 0,
             )
         )
@@ -52,11 +54,12 @@ def parse_usage(source: str, said: str) -> list[Usage]:
 def table(usages: Sequence[Usage]) -> str:
     """A line a kernel and architecture, with the names of C++ where c++filt is there."""
     rows: list[tuple[str, ...]] = [
-        ("source", "kernel", "sm", "registers", "shared bytes", "spilled bytes")
+        ("source", "kernel", "sm", "registers", "shared bytes", "stack bytes", "spilled bytes")
     ]
     names = _demangle([usage.kernel for usage in usages])
     for usage, name in zip(usages, names, strict=True):
-        numbers = map(str, (usage.registers, usage.shared_bytes, usage.spill_bytes))
+        used = (usage.registers, usage.shared_bytes, usage.stack_bytes, usage.spill_bytes)
+        numbers = map(str, used)
         rows.append((usage.source, name, usage.architecture, *numbers))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -24,7 +24,9 @@ def zeros(count: int, device: torch.device) -> Iterator[Tensor]:
     stream = 0
     if device.type == "cuda":
         # What a graph's capture allocates is only cleared when the graph runs.
-        if torch.cuda.is_current_stream_capturing():
+        with torch.cuda.device(device):
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
             yield torch.zeros(count, dtype=torch.int64, device=device)
             return
         stream = torch.cuda.current_stream(device).cuda_stream

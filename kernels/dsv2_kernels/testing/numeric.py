@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-# Rounding of the last step alone may differ by one unit where both errors are tiny.
-_UNITS = 1.0
+# Where plain torch is right by luck, as sums of few numbers may be, a kernel may still round its
+# result once, and some fp32 numbers on the way.
+_LAST_UNITS, _FLOAT32_UNITS = 1.0, 4.0
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -27,5 +28,7 @@ def assert_as_good(found: Tensor, naive: Tensor, exact: Tensor) -> None:
     """
     assert found.dtype == naive.dtype and found.shape == naive.shape == exact.shape
     assert exact.dtype == torch.float64
-    bound = 2 * error(naive, exact) + _UNITS * torch.finfo(found.dtype).eps
+    rounded = _LAST_UNITS * torch.finfo(found.dtype).eps
+    rounded += _FLOAT32_UNITS * torch.finfo(torch.float32).eps
+    bound = 2 * error(naive, exact) + rounded
     assert error(found, exact) <= bound, f"error {error(found, exact):.3g}, allowed {bound:.3g}"
