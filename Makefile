@@ -14,8 +14,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 # Without it every test of a kernel on a GPU is skipped.
 HAVE_KERNELS := $(BIN)/python -m dsv2_kernels.native.library
 
-# Tests that start no ranks: two at a time.
-ONE_PROCESS := tests/unit tests/house tests/benchmarks kernels/tests
+# Tests that start no ranks run two at a time, the others by themselves.
+OF_ONE_PROCESS := tests/unit tests/house tests/benchmarks kernels/tests
+OF_RANKS := tests/distributed tests/numerics tests/slurm
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -36,8 +37,8 @@ plan: .venv/.installed ## what the 236B run would cost, without a GPU
 
 test: static ## check, then every test that needs no GPU; ARGS with a path: those alone
 ifeq ($(findstring tests/,$(ARGS)),)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS) $(ONE_PROCESS)
-	$(BIN)/python -m pytest $(ARGS) $(foreach folder,$(ONE_PROCESS),--ignore=$(folder))
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS) $(OF_ONE_PROCESS)
+	$(BIN)/python -m pytest $(ARGS) $(OF_RANKS)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
