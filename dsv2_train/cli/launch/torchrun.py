@@ -149,6 +149,7 @@ def _end_leftovers() -> None:
 def _ignore_what_the_launcher_heeds() -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(END_TORCHRUN, signal.SIG_DFL)  # nohup has it ignored
     _prctl(_PR_SET_PDEATHSIG, END_TORCHRUN)
 
 

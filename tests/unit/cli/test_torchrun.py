@@ -68,7 +68,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=_heed_interrupts,
+            preexec_fn=_as_a_shell_would,
         )
         started.append(process)
         return process
@@ -83,9 +83,15 @@ def launch(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
         process.communicate()
 
 
-def _heed_interrupts() -> None:
-    """A shell starts what is in its background with SIGINT ignored, and tests may be."""
+class _Handlers:
+    """What a launcher begins with, whatever tests were started with."""
+
+    hangups = signal.SIG_DFL
+
+
+def _as_a_shell_would() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, _Handlers.hangups)
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -177,23 +183,21 @@ def test_a_second_signal_kills_at_once(
     assert err.endswith("asked again (SIGTERM): killed\ncomplete checkpoints are as they were\n")
 
 
+@pytest.mark.parametrize("hangups", [signal.SIG_DFL, signal.SIG_IGN], ids=["", "nohup"])
 def test_without_ranks_there_is_nothing_to_wait_for(
-    tmp_path: Path, launch: Callable[[str], subprocess.Popen[str]]
+    tmp_path: Path,
+    launch: Callable[[str], subprocess.Popen[str]],
+    hangups: signal.Handlers,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Torchrun imports torch for seconds before it has ranks; a busy machine may miss them."""
-    for _ in range(5):
-        launcher = launch(WORKER)
-        eventually(lambda launcher=launcher: children(launcher.pid) != [])
-        launcher.send_signal(signal.SIGINT)
-        _, err = launcher.communicate(timeout=PATIENCE_S)
-        ranks = list(tmp_path.glob("pid_*"))
-        if not ranks:
-            break
-        for file in ranks:
-            file.unlink()
+    monkeypatch.setattr(_Handlers, "hangups", hangups)
+    launcher = launch(WORKER)
+    eventually(lambda: children(launcher.pid) != [])  # torchrun, which imports torch for seconds
+    launcher.send_signal(signal.SIGINT)
+    _, err = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 1
     assert err.endswith("stopped while the ranks could not yet, or no longer, save\n")
-    assert not ranks
+    assert not list(tmp_path.glob("pid_*"))
 
 
 @pytest.mark.parametrize("victim", ["launcher", "torchrun"])
