@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from dsv2_kernels.native.build import build_cuda  # noqa: E402
+from dsv2_kernels.native.build import build_cuda  # noqa: E402  found by the line above
 
 
 class BuildKernels(build_py):

@@ -28,9 +28,10 @@ ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z8spillingPf' for 'sm_90a'
 ptxas info    : Function properties for _Z8spillingPf
     1096 bytes stack frame, 1684 bytes spill stores, 2708 bytes spill loads
-ptxas info    : Used 64 registers, used 1 barriers, 1096 bytes cumulative stack size, 360 bytes cmem[0]
+ptxas info    : Used 64 registers, used 1 barriers, 1096 bytes cumulative stack size, \
+360 bytes cmem[0]
 ptxas info    : Compile time = 150.135 ms
-"""  # noqa: E501
+"""
 SPILLING_CALLEE = (
     SPILLING.replace("1684", "0")
     .replace("2708", "0")

@@ -1,25 +1,35 @@
 """What the project's own kernels can compute, said before a GPU is touched."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from dsv2_train.config.problems import Check, Problem, value_at
+from dsv2_train.config.problems import Check, Problem
 from dsv2_train.config.run import RunConfig
 from dsv2_train.config.sections.parallel import KERNEL_SETTINGS
 
 # Kernels read 16 bytes at a time.
 _VECTOR_BYTES = 16
 _BYTES = {"bf16": 2, "fp32": 4}
-# Of the rows that a setting's kernel reads.
+# Fields of the model by the settings whose kernels read rows of that width, and those with a limit.
 _WIDTHS = {
-    "permute": ("hidden_size",),
-    "activation": ("intermediate_size", "moe_intermediate_size"),
-    "rope": ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    "experts": ("hidden_size", "moe_intermediate_size"),
+    "hidden_size": ("permute", "experts"),
+    "intermediate_size": ("activation",),
+    "moe_intermediate_size": ("activation", "experts"),
+    "kv_lora_rank": ("rope",),
+    "qk_nope_head_dim": ("rope",),
+    "qk_rope_head_dim": ("rope",),
+    "v_head_dim": ("rope",),
 }
 _LIMITS = {
-    "routing": {"num_routed_experts": 512, "num_device_groups": 64, "num_experts_per_tok": 16},
-    "permute": {"num_routed_experts": 512},
+    "num_routed_experts": (512, ("routing", "permute")),
+    "num_device_groups": (64, ("routing",)),
+    "num_experts_per_tok": (16, ("routing",)),
 }
+
+
+def _asked(config: RunConfig, settings: Sequence[str]) -> str:
+    """Those of the settings that are `kernel`, as an error names them."""
+    asked = [name for name in settings if getattr(config.parallel, name) == "kernel"]
+    return " and ".join(f"parallel.{name}=kernel" for name in asked)
 
 
 def _not_in_fp64(setting: str) -> Check:
@@ -32,35 +42,31 @@ def _not_in_fp64(setting: str) -> Check:
     return check
 
 
-def _whole_vectors(setting: str, width: str) -> Check:
+def _whole_vectors(width: str, settings: Sequence[str]) -> Check:
     def check(config: RunConfig) -> Iterator[Problem]:
-        found, precision = value_at(config, f"model.{width}"), config.recipe.precision
-        if getattr(config.parallel, setting) != "kernel" or precision not in _BYTES:
+        found, precision = getattr(config.model, width), config.recipe.precision
+        asked = _asked(config, settings)
+        if not asked or precision not in _BYTES:
             return
         size = _VECTOR_BYTES // _BYTES[precision]
         if found % size:
-            allowed = f"must be a multiple of {size} in {precision} with parallel.{setting}=kernel"
+            allowed = f"must be a multiple of {size} in {precision} with {asked}"
             yield Problem(f"model.{width}", found, allowed)
 
     return check
 
 
-def _at_most(setting: str, field: str, most: int) -> Check:
+def _at_most(field: str, most: int, settings: Sequence[str]) -> Check:
     def check(config: RunConfig) -> Iterator[Problem]:
-        found = value_at(config, f"model.{field}")
-        if getattr(config.parallel, setting) == "kernel" and found > most:
-            allowed = f"must be at most {most} with parallel.{setting}=kernel"
-            yield Problem(f"model.{field}", found, allowed)
+        found, asked = getattr(config.model, field), _asked(config, settings)
+        if asked and found > most:
+            yield Problem(f"model.{field}", found, f"must be at most {most} with {asked}")
 
     return check
 
 
 KERNEL_CHECKS: tuple[Check, ...] = (
-    *(_not_in_fp64(setting) for setting in KERNEL_SETTINGS),
-    *(_whole_vectors(setting, width) for setting, names in _WIDTHS.items() for width in names),
-    *(
-        _at_most(setting, field, most)
-        for setting, limits in _LIMITS.items()
-        for field, most in limits.items()
-    ),
+    *map(_not_in_fp64, KERNEL_SETTINGS),
+    *(_whole_vectors(width, settings) for width, settings in _WIDTHS.items()),
+    *(_at_most(field, most, settings) for field, (most, settings) in _LIMITS.items()),
 )

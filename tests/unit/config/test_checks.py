@@ -22,10 +22,11 @@ DISAGREEING = [
     (["parallel.tp=2"], "parallel.tp"),
     (["parallel.cp=2"], "parallel.cp"),
     (["parallel.world_size=6"], "parallel.world_size"),
-    (["parallel.ep=4", "parallel.pp=1", "model.num_device_groups=2"], "parallel.ep"),
+    (["parallel.ep=4", "parallel.pp=1", "model.num_device_groups=66"], "parallel.ep"),
     (["model.num_device_groups=5"], "model.num_device_groups"),
+    (["parallel.routing=kernel", "model.num_device_groups=65"], "model.num_device_groups"),
     (["model.num_limited_devices=9"], "model.num_limited_devices"),
-    (["model.num_experts_per_tok=13"], "model.num_experts_per_tok"),
+    (["model.num_experts_per_tok=17"], "model.num_experts_per_tok"),
     (["model.qk_rope_head_dim=15"], "model.qk_rope_head_dim"),
     (["model.num_dense_layers=5"], "model.num_dense_layers"),
     (["data.skip=[[8,16],[20,20]]"], "data.skip"),
@@ -99,6 +100,8 @@ DISAGREEING = [
     ),
     (["parallel.rope=kernel", "model.v_head_dim=30"], "model.v_head_dim"),
     (["parallel.experts=kernel", "model.hidden_size=130"], "model.hidden_size"),
+    (["parallel.routing=kernel", "model.num_experts_per_tok=17"], "model.num_experts_per_tok"),
+    (["parallel.rope=kernel", "model.kv_lora_rank=30"], "model.kv_lora_rank"),
     (
         ["parallel.routing=kernel", "model.num_routed_experts=520"],
         "model.num_routed_experts",
@@ -220,8 +223,7 @@ def test_a_check_tells_one_fact(order: int) -> None:
     all_checks = (*PIPELINE_CHECKS, *checks._OTHERS)
     told = [len(list(passing_over_absent(each, config))) for each in all_checks]
     assert max(told) == 1
-    # Some exclude each other.
-    assert sum(told) >= len(told) * 0.45
+    assert sum(told) >= len(told) / 2
 
 
 def test_a_wrong_field_is_not_taken_for_its_default() -> None:
