@@ -220,3 +220,18 @@ def test_what_is_refused(
     with pytest.raises(error, match=words) as told:
         getattr(op, f"grouped_linear{function}")(**arguments)
     assert str(told.value).startswith(f"grouped_linear{function}: ")
+
+
+@pytest.mark.parametrize("ends", [[2, 4], [2, 9], [6, 2]])
+def test_ends_that_are_not_those_of_the_rows(emulated_library: Path, ends: list[int]) -> None:
+    """Six rows; read by the products before a kernel is reached."""
+    x, weights = torch.randn(6, 8), torch.randn(2, 4, 8)
+    wrong = torch.tensor(ends, dtype=torch.int32)
+    with library.emulated(emulated_library):
+        for call in (
+            lambda: op.grouped_linear(x, weights, wrong),
+            lambda: op.grouped_linear_dgrad(x[:, :4].contiguous(), weights, wrong),
+            lambda: op.grouped_linear_wgrad_(weights.clone(), x[:, :4].contiguous(), x, wrong),
+        ):
+            with pytest.raises(ValueError, match=r"grouped_linear: ends has \[.*up to 6"):
+                call()
