@@ -15,8 +15,9 @@ from dsv2_train.distributed.sharding import Piece
 from dsv2_train.optim.adam import AdamChoice, make_adam, set_step
 from dsv2_train.optim.shards import Shard, owned_gradients
 
-# Gradients are widened to fp64 this many elements at a time: few kernels, little memory.
-_NORM_BLOCK = 1 << 20
+# Gradients are widened to fp64 this many elements at a time: few kernels and little memory on a
+# GPU, what a core's cache holds elsewhere.
+_GPU_NORM_BLOCK, _CPU_NORM_BLOCK = 1 << 20, 1 << 17
 # As in torch.nn.utils.clip_grad_norm_, so that a zero gradient is not divided by zero.
 _NORM_EPS = 1e-6
 
@@ -40,8 +41,10 @@ class ZeroOptimizer:
         self._clip_grad_norm = config.clip_grad_norm
         self._adam_step = 0
         self._gradients = [each for chunk in chunks for each in owned_gradients(chunk)]
+        on_gpu = any(gradient.is_cuda for gradient in self._gradients)
+        block_size = _GPU_NORM_BLOCK if on_gpu else _CPU_NORM_BLOCK
         self._norm_blocks = [
-            block for gradient in self._gradients for block in torch.split(gradient, _NORM_BLOCK)
+            block for gradient in self._gradients for block in torch.split(gradient, block_size)
         ]
         for shard in shards:
             moved = shard.master.device != shard.gradient.device
