@@ -35,8 +35,8 @@ pretrain: .venv/.installed ## corpus, then the quickstart on four ranks; again: 
 plan: .venv/.installed ## what the 236B run would cost, without a GPU
 	@$(BIN)/dsv2 plan experiment=dsv2_236b_pretrain $(ARGS)
 
-test: static ## check, then every test that needs no GPU; ARGS with a path: those alone
-ifeq ($(findstring tests/,$(ARGS)),)
+test: static ## check, then every test that needs no GPU; ARGS with a path, -k or -m: those alone
+ifeq ($(findstring tests/,$(ARGS))$(filter -k -m,$(ARGS)),)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS) $(OF_ONE_PROCESS)
 	$(BIN)/python -m pytest $(ARGS) $(OF_RANKS)
 else
