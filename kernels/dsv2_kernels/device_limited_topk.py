@@ -67,15 +67,16 @@ def device_limited_topk(
     Ties go to the lower index, of groups and of experts.
 
     Args:
-        logits: [T, E] float32, bfloat16 or float16, E up to 512; computed in fp32.
-        num_sequences: B; up to 2^20 positions each.
-        num_groups: D, up to 64.
+        logits: [T, E] float32, bfloat16 or float16; computed in fp32. For kernels E is up to 512.
+        num_sequences: B; for kernels up to 2^20 positions each.
+        num_groups: D, for kernels up to 64.
         num_limited: M.
-        top_k: K, up to 16 and M * E / D.
+        top_k: K, up to M * E / D, for kernels up to 16.
         scaling_factor: of the gates.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride, address or number that is not supported.
+        TypeError, ValueError: a dtype, shape or number that is not supported; for kernels also a
+            stride or an address.
 
     Note:
         Deterministic. Saves affinities and experts. No communication; one launch each way.
@@ -106,6 +107,9 @@ def device_limited_topk_backward(
 
     Returns:
         [T, E] in `dtype`.
+
+    Raises:
+        TypeError, ValueError: as above; on a CPU also an expert that does not exist.
     """
     grad_logits: Tensor = _backward(
         grad_gates, affinities, experts, grad_affinity_sums, scaling_factor, dtype
@@ -113,30 +117,61 @@ def device_limited_topk_backward(
     return grad_logits
 
 
-def _check(
-    logits: Tensor, num_sequences: int, num_groups: int, num_limited: int, top_k: int
+def _check_forward(
+    arguments: Arguments,
+    logits: Tensor,
+    num_sequences: int,
+    num_groups: int,
+    num_limited: int,
+    top_k: int,
+    scaling_factor: float,
 ) -> None:
-    arguments = Arguments("device_limited_topk")
-    arguments.tensor("logits", logits, [None, None])
+    arguments.tensor("logits", logits, [None, None], arguments.floats)
     num_tokens, num_experts = logits.shape
     _check_sizes(arguments, num_tokens, num_experts, num_sequences)
-    positions = num_tokens // num_sequences
-    fits = positions <= _MAX_POSITIONS
-    arguments.require(fits, "positions of a sequence", positions, f"up to {_MAX_POSITIONS}")
-    divides = 1 <= num_groups <= _MAX_GROUPS and num_experts % num_groups == 0
-    supported = f"divisors of {num_experts} experts up to {_MAX_GROUPS}"
+    arguments.at_most("positions of a sequence", num_tokens // num_sequences, _MAX_POSITIONS)
+    divides = num_groups >= 1 and num_experts % num_groups == 0
+    supported = f"divisors of {num_experts} experts"
     arguments.require(divides, "num_groups", num_groups, supported)
+    arguments.at_most("num_groups", num_groups, _MAX_GROUPS)
     limits = 1 <= num_limited <= num_groups
     arguments.require(limits, "num_limited", num_limited, f"1 to {num_groups} groups")
-    reachable = min(MAX_TOP_K, num_limited * (num_experts // num_groups))
+    reachable = num_limited * (num_experts // num_groups)
     arguments.require(1 <= top_k <= reachable, "top_k", top_k, f"1 to {reachable}")
+    arguments.at_most("top_k", top_k, MAX_TOP_K)
+
+
+def _check_backward(
+    arguments: Arguments,
+    grad_gates: Tensor,
+    affinities: Tensor,
+    experts: Tensor,
+    grad_affinity_sums: Tensor | None,
+    scaling_factor: float,
+    dtype: torch.dtype,
+) -> None:
+    arguments.tensor("affinities", affinities, [None, None], arguments.wide)
+    (num_tokens, num_experts), device = affinities.shape, affinities.device
+    arguments.tensor("experts", experts, [num_tokens, None], [torch.int64], device)
+    top_k, dtypes = experts.size(1), [affinities.dtype]
+    arguments.require(top_k >= 1, "columns of experts", top_k, "at least 1")
+    arguments.at_most("columns of experts", top_k, MAX_TOP_K)
+    arguments.indices("experts", experts, num_experts)
+    arguments.tensor("grad_gates", grad_gates, [num_tokens, top_k], dtypes, device)
+    num_sequences = 1
+    if grad_affinity_sums is not None:
+        shape = [None, num_experts]
+        arguments.tensor("grad_affinity_sums", grad_affinity_sums, shape, dtypes, device)
+        num_sequences = grad_affinity_sums.size(0)
+    _check_sizes(arguments, num_tokens, num_experts, num_sequences)
+    arguments.dtype("dtype", dtype, arguments.floats)
 
 
 def _check_sizes(
     arguments: Arguments, num_tokens: int, num_experts: int, num_sequences: int
 ) -> None:
-    fits = 1 <= num_experts <= MAX_EXPERTS
-    arguments.require(fits, "experts", num_experts, f"1 to {MAX_EXPERTS}")
+    arguments.require(num_experts >= 1, "experts", num_experts, "at least 1")
+    arguments.at_most("experts", num_experts, MAX_EXPERTS)
     divides = num_sequences >= 1 and num_tokens % num_sequences == 0
     arguments.require(divides, "num_sequences", num_sequences, f"divisors of {num_tokens} tokens")
 
@@ -149,7 +184,6 @@ def _launch_forward(
     top_k: int,
     scaling_factor: float,
 ) -> Outputs:
-    _check(logits, num_sequences, num_groups, num_limited, top_k)
     outputs = _fake_forward(logits, num_sequences, num_groups, num_limited, top_k, scaling_factor)
     num_tokens, num_experts = logits.shape
     if not num_tokens:
@@ -183,20 +217,8 @@ def _launch_backward(
     scaling_factor: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    arguments = Arguments("device_limited_topk_backward")
-    device, float32 = affinities.device, [torch.float32]
-    arguments.tensor("affinities", affinities, [None, None], float32)
-    num_tokens, num_experts = affinities.shape
-    arguments.tensor("experts", experts, [num_tokens, None], [torch.int64], device)
-    top_k = experts.size(1)
-    arguments.require(1 <= top_k <= MAX_TOP_K, "experts", top_k, f"1 to {MAX_TOP_K} columns")
-    arguments.tensor("grad_gates", grad_gates, [num_tokens, top_k], float32, device)
-    num_sequences = 1
-    if grad_affinity_sums is not None:
-        shape = [None, num_experts]
-        arguments.tensor("grad_affinity_sums", grad_affinity_sums, shape, float32, device)
-        num_sequences = grad_affinity_sums.size(0)
-    _check_sizes(arguments, num_tokens, num_experts, num_sequences)
+    (num_tokens, num_experts), top_k = affinities.shape, experts.size(1)
+    num_sequences = 1 if grad_affinity_sums is None else grad_affinity_sums.size(0)
     grad_logits = torch.empty_like(affinities, dtype=dtype)
     if num_tokens:
         launch(
@@ -254,10 +276,15 @@ def _fake_backward(
 
 
 _forward = register(
-    "device_limited_topk", _launch_forward, reference.device_limited_topk, _fake_forward
+    "device_limited_topk",
+    _check_forward,
+    _launch_forward,
+    reference.device_limited_topk,
+    _fake_forward,
 )
 _backward = register(
     "device_limited_topk_backward",
+    _check_backward,
     _launch_backward,
     reference.device_limited_topk_backward,
     _fake_backward,

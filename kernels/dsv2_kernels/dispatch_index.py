@@ -42,11 +42,14 @@ def dispatch_index(routing_map: Tensor, num_rows: int) -> DispatchIndex:
     """Order the assignments by expert, then by token.
 
     Args:
-        routing_map: [T, E] bool, E at most 512; any number of experts a token, zero too.
-        num_rows: R, how often the map is true. Another number ends the launch on a GPU.
+        routing_map: [T, E] bool, for kernels E at most 512; any number of experts a token, zero
+            too.
+        num_rows: R, how often the map is true. Another number is refused on a CPU, and ends the
+            launch on a GPU.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride, address or number that is not supported.
+        TypeError, ValueError: a dtype, shape or number that is not supported; for kernels also a
+            stride or an address.
 
     Note:
         Deterministic, and the same as the reference to the bit. No synchronization with the GPU.
@@ -54,13 +57,16 @@ def dispatch_index(routing_map: Tensor, num_rows: int) -> DispatchIndex:
     return DispatchIndex(*_dispatch_index(routing_map, num_rows))
 
 
-def _launch(routing_map: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = Arguments("dispatch_index")
+def _check(arguments: Arguments, routing_map: Tensor, num_rows: int) -> None:
     arguments.tensor("routing_map", routing_map, [None, None], [torch.bool])
-    num_tokens, num_experts = routing_map.shape
-    arguments.require(num_experts <= _MAX_EXPERTS, "E", num_experts, f"at most {_MAX_EXPERTS}")
-    most = min(routing_map.numel(), torch.iinfo(torch.int32).max)
+    arguments.at_most("E", routing_map.size(1), _MAX_EXPERTS)
+    most = routing_map.numel()
     arguments.require(0 <= num_rows <= most, "num_rows", num_rows, f"0 to {most}")
+    arguments.at_most("num_rows", num_rows, torch.iinfo(torch.int32).max)
+
+
+def _launch(routing_map: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = routing_map.shape
     results = _fake(routing_map, num_rows)
     if not routing_map.numel():
         for result in results:
@@ -84,4 +90,4 @@ def _fake(routing_map: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor, T
     return tokens, assignments, per_expert, rows, starts
 
 
-_dispatch_index = register("dispatch_index", _launch, reference.dispatch_index, _fake)
+_dispatch_index = register("dispatch_index", _check, _launch, reference.dispatch_index, _fake)

@@ -26,15 +26,17 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
     Args:
         x: [T, A] float32, bfloat16 or float16, rows of expert 0 first, then of expert 1, and so
-            on. A row is a multiple of 16 bytes.
-        weights: [E, B, A] in the dtype of `x`. B elements are a multiple of 16 bytes.
-        ends: [E] int32, one past the last row of each expert: ascending, the last is T.
+            on. For kernels a row is a multiple of 16 bytes.
+        weights: [E, B, A] in the dtype of `x`. For kernels B elements are a multiple of 16 bytes.
+        ends: [E] int32, one past the last row of each expert: ascending, the last is T. A GPU
+            looks only where kernels are built for debugging.
 
     Returns:
         [T, B] in the dtype of `x`; summed in fp32.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride or address that is not supported.
+        TypeError, ValueError: a dtype, shape or ends that are not supported; for kernels also a
+            stride or an address.
 
     Note:
         Saves x and weights. Its gradient takes an fp32 buffer of the weights' shape: where there
@@ -90,20 +92,42 @@ def grouped_linear_accumulate_(main_grad: Tensor, gradient: Tensor, ends: Tensor
     _accumulate(main_grad, gradient, ends)
 
 
-def _check_product(op: str, name: str, rows: Tensor, weights: Tensor, ends: Tensor) -> None:
-    """`rows` [T, B or A] are multiplied with `weights` [E, B, A]."""
-    arguments = Arguments(op)
-    arguments.tensor(name, rows, [None, None])
-    sizes = [None, None, rows.size(1)] if name == "x" else [None, rows.size(1), None]
-    arguments.tensor("weights", weights, sizes, [rows.dtype], rows.device)
+def _check_forward(arguments: Arguments, x: Tensor, weights: Tensor, ends: Tensor) -> None:
+    arguments.tensor("x", x, [None, None], arguments.floats)
+    _check_product(arguments, x, weights, [None, None, x.size(1)], ends)
+
+
+def _check_dgrad(arguments: Arguments, grad_y: Tensor, weights: Tensor, ends: Tensor) -> None:
+    arguments.tensor("grad_y", grad_y, [None, None], arguments.floats)
+    _check_product(arguments, grad_y, weights, [None, grad_y.size(1), None], ends)
+
+
+def _check_product(
+    arguments: Arguments, rows: Tensor, weights: Tensor, shape: list[int | None], ends: Tensor
+) -> None:
+    arguments.tensor("weights", weights, shape, [rows.dtype], rows.device)
     _check_widths(arguments, weights, rows.dtype)
-    _check_ends(arguments, ends, weights.size(0), rows)
+    _check_ends(arguments, ends, weights, rows.size(0))
 
 
-def _check_ends(arguments: Arguments, ends: Tensor, num_experts: int, rows: Tensor) -> None:
-    arguments.tensor("ends", ends, [num_experts], [torch.int32], rows.device)
-    if checks_indices():
-        reference.spans(ends, rows.size(0))
+def _check_wgrad(
+    arguments: Arguments, main_grad: Tensor, grad_y: Tensor, x: Tensor, ends: Tensor
+) -> None:
+    arguments.tensor("x", x, [None, None], arguments.floats)
+    arguments.tensor("grad_y", grad_y, [x.size(0), None], [x.dtype], x.device)
+    shape = [None, grad_y.size(1), x.size(1)]
+    arguments.tensor("main_grad", main_grad, shape, arguments.wide, x.device)
+    _check_widths(arguments, main_grad, x.dtype)
+    _check_ends(arguments, ends, main_grad, x.size(0))
+
+
+def _check_accumulate(
+    arguments: Arguments, main_grad: Tensor, gradient: Tensor, ends: Tensor
+) -> None:
+    arguments.tensor("gradient", gradient, [None, None, None], arguments.floats)
+    arguments.tensor("main_grad", main_grad, gradient.shape, arguments.wide, gradient.device)
+    _check_widths(arguments, main_grad, gradient.dtype)
+    _check_ends(arguments, ends, gradient)
 
 
 def _check_widths(arguments: Arguments, weights: Tensor, dtype: torch.dtype) -> None:
@@ -111,38 +135,37 @@ def _check_widths(arguments: Arguments, weights: Tensor, dtype: torch.dtype) -> 
     arguments.vectors("input width", weights.size(2), dtype)
 
 
+def _check_ends(
+    arguments: Arguments, ends: Tensor, weights: Tensor, num_rows: int | None = None
+) -> None:
+    """Of so many rows; without them a kernel of ours reads the ends, and looks at them itself."""
+    arguments.tensor("ends", ends, [weights.size(0)], [torch.int32], weights.device)
+    if arguments.for_kernel and (num_rows is None or not checks_indices()):
+        return
+    bounds = [0, *ends.tolist()]
+    fits = sorted(bounds) == bounds and num_rows in (None, bounds[-1])
+    expected = "" if num_rows is None else f" up to {num_rows}, the number of rows"
+    arguments.require(fits, "ends", bounds[1:], f"ascending numbers{expected}")
+
+
 def _multiply(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    _check_product("grouped_linear", "x", x, weights, ends)
     if not (x.numel() and weights.numel()):
         return x.new_zeros(x.size(0), weights.size(1))
     return grouped_mm(x, weights.mT, offs=ends)
 
 
 def _multiply_back(grad_y: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    _check_product("grouped_linear_dgrad", "grad_y", grad_y, weights, ends)
     if not (grad_y.numel() and weights.numel()):
         return grad_y.new_zeros(grad_y.size(0), weights.size(2))
     return grouped_mm(grad_y, weights, offs=ends)
 
 
 def _add_gradient(main_grad: Tensor, grad_y: Tensor, x: Tensor, ends: Tensor) -> None:
-    arguments = Arguments("grouped_linear_wgrad_")
-    arguments.tensor("x", x, [None, None])
-    arguments.tensor("grad_y", grad_y, [x.size(0), None], [x.dtype], x.device)
-    shape = [None, grad_y.size(1), x.size(1)]
-    arguments.tensor("main_grad", main_grad, shape, [torch.float32], x.device)
-    _check_widths(arguments, main_grad, x.dtype)
-    _check_ends(arguments, ends, main_grad.size(0), x)
     if x.size(0) and main_grad.numel():
         _launch(main_grad, grouped_mm(grad_y.t(), x, offs=ends), ends)
 
 
 def _launch_accumulate(main_grad: Tensor, gradient: Tensor, ends: Tensor) -> None:
-    arguments = Arguments("grouped_linear_accumulate_")
-    arguments.tensor("gradient", gradient, [None, None, None])
-    arguments.tensor("main_grad", main_grad, gradient.shape, [torch.float32], gradient.device)
-    _check_widths(arguments, main_grad, gradient.dtype)
-    arguments.tensor("ends", ends, [gradient.size(0)], [torch.int32], gradient.device)
     if gradient.numel():
         _launch(main_grad, gradient, ends)
 
@@ -170,12 +193,19 @@ def _fake_accumulate(main_grad: Tensor, gradient: Tensor, ends: Tensor) -> None:
     return None
 
 
-_forward = register("grouped_linear", _multiply, reference.grouped_linear, _fake_forward)
+_forward = register(
+    "grouped_linear", _check_forward, _multiply, reference.grouped_linear, _fake_forward
+)
 _dgrad = register(
-    "grouped_linear_dgrad", _multiply_back, reference.grouped_linear_dgrad, _fake_dgrad
+    "grouped_linear_dgrad",
+    _check_dgrad,
+    _multiply_back,
+    reference.grouped_linear_dgrad,
+    _fake_dgrad,
 )
 _wgrad = register(
     "grouped_linear_wgrad_",
+    _check_wgrad,
     _add_gradient,
     reference.grouped_linear_wgrad_,
     _fake_wgrad,
@@ -183,6 +213,7 @@ _wgrad = register(
 )
 _accumulate = register(
     "grouped_linear_accumulate_",
+    _check_accumulate,
     _launch_accumulate,
     reference.grouped_linear_accumulate_,
     _fake_accumulate,

@@ -27,10 +27,10 @@ def mla_rope(
     Adjacent channels rotate together: (x, y) -> (x cos - y sin, x sin + y cos).
 
     Args:
-        q: [S, B, n, c + r] float32, bfloat16 or float16, contiguous, nope channels first. c, r and
-            w are multiples of 16 bytes.
-        kv: [S, B, n, c + w], contiguous, key channels first.
-        k_rope: [S, B, r], the key that all heads share; a slice of a wider tensor will do.
+        q: [S, B, n, c + r] float32, bfloat16 or float16, nope channels first. For kernels it is
+            contiguous, c, r and w are multiples of 16 bytes, and r is at most 4096 bytes.
+        kv: [S, B, n, c + w], for kernels contiguous, key channels first.
+        k_rope: [S, B, r], r even, the key that all heads share; a slice of a wider tensor will do.
         cos: [S, r / 2] float32, any factor of the rotation included.
         sin: [S, r / 2] float32.
         copies_v: whether value heads are copied too; else they are `kv`'s channels, not consecutive
@@ -41,7 +41,8 @@ def mla_rope(
         consecutive, in the dtype of `q`; rotated in fp32.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride or address that is not supported.
+        TypeError, ValueError: a dtype or shape that is not supported; for kernels also a stride or
+            an address.
 
     Note:
         Deterministic. Saves `cos` and `sin` only. No communication.
@@ -56,8 +57,8 @@ def mla_rope_backward(
     """The gradient.
 
     Args:
-        grad_q_heads: [S, B, n, c + r]; stride 1 in the last dimension, multiples of 16 bytes in the
-            others.
+        grad_q_heads: [S, B, n, c + r]; for kernels stride 1 in the last dimension, multiples of 16
+            bytes in the others.
         grad_k_heads: [S, B, n, c + r], strides as above.
         grad_v_heads: [S, B, n, w], strides as above.
         cos: [S, r / 2] float32.
@@ -73,37 +74,66 @@ def mla_rope_backward(
     return gradients
 
 
+def _check_forward(
+    arguments: Arguments,
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    copies_v: bool,
+) -> None:
+    arguments.tensor("q", q, [None] * 4, arguments.floats)
+    arguments.tensor("kv", kv, [*q.shape[:3], None], [q.dtype], q.device)
+    arguments.tensor("k_rope", k_rope, [*q.shape[:2], None], [q.dtype], q.device, strided=True)
+    rope = k_rope.size(-1)
+    _check_widths(arguments, q, rope, kv.size(-1) - q.size(-1) + rope)
+    _check_angles(arguments, q, rope // 2, cos, sin)
+
+
+def _check_backward(
+    arguments: Arguments,
+    grad_q_heads: Tensor,
+    grad_k_heads: Tensor,
+    grad_v_heads: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> None:
+    arguments.tensor("grad_q_heads", grad_q_heads, [None] * 4, arguments.floats, strided=True)
+    dtypes, device, shape = [grad_q_heads.dtype], grad_q_heads.device, grad_q_heads.shape
+    arguments.tensor("grad_k_heads", grad_k_heads, shape, dtypes, device, strided=True)
+    shape_of_v = [*shape[:3], None]
+    arguments.tensor("grad_v_heads", grad_v_heads, shape_of_v, dtypes, device, strided=True)
+    _check_angles(arguments, grad_q_heads, None, cos, sin)
+    _check_widths(arguments, grad_q_heads, 2 * cos.size(-1), grad_v_heads.size(-1))
+
+
 def _check_widths(arguments: Arguments, q: Tensor, rope: int, value: int) -> None:
     num_positions, num_samples, num_heads, width = q.shape
     arguments.require(num_heads > 0, "heads", num_heads, "at least 1")
-    blocks = num_positions * num_samples
-    arguments.require(blocks < 2**31, "positions times samples", blocks, "less than 2^31")
+    arguments.at_most("positions times samples", num_positions * num_samples, 2**31 - 1)
     arguments.require(0 < rope <= width, "rope channels", rope, f"1 to the head's width, {width}")
+    arguments.require(rope % 2 == 0, "rope channels", rope, "even numbers")
     arguments.vectors("rope channels", rope, q.dtype)
     arguments.require(value > 0, "value channels", value, "at least 1")
     arguments.vectors("nope channels", width - rope, q.dtype)
     arguments.vectors("value channels", value, q.dtype)
-    most = _MAX_ROPE_VECTORS * 16 // q.element_size()
-    arguments.require(rope <= most, "rope channels", rope, f"at most {most} for {q.dtype}")
+    arguments.at_most("rope channels", rope, _MAX_ROPE_VECTORS * 16 // q.element_size())
 
 
-def _check_angles(arguments: Arguments, q: Tensor, rope: int, cos: Tensor, sin: Tensor) -> None:
-    shape = [q.size(0), rope // 2]
-    arguments.tensor("cos", cos, shape, [torch.float32], q.device)
-    arguments.tensor("sin", sin, shape, [torch.float32], q.device)
+def _check_angles(
+    arguments: Arguments, q: Tensor, pairs: int | None, cos: Tensor, sin: Tensor
+) -> None:
+    """For so many pairs of channels; None for any number."""
+    arguments.tensor("cos", cos, [q.size(0), pairs], arguments.wide, q.device)
+    arguments.tensor("sin", sin, cos.shape, arguments.wide, q.device)
 
 
 def _launch_forward(
     q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, copies_v: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = Arguments("mla_rope")
-    arguments.tensor("q", q, [None] * 4)
-    arguments.tensor("kv", kv, [*q.shape[:3], None], [q.dtype], q.device)
-    arguments.tensor("k_rope", k_rope, [*q.shape[:2], None], [q.dtype], q.device, strided=True)
     rope = k_rope.size(-1)
     nope = q.size(-1) - rope
-    _check_widths(arguments, q, rope, kv.size(-1) - nope)
-    _check_angles(arguments, q, rope, cos, sin)
     q_heads, k_heads, v_heads = _fake_forward(q, kv, k_rope, cos, sin, copies_v)
     if q_heads.numel():
         launch(
@@ -129,15 +159,7 @@ def _launch_forward(
 def _launch_backward(
     grad_q_heads: Tensor, grad_k_heads: Tensor, grad_v_heads: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = Arguments("mla_rope_backward")
-    arguments.tensor("grad_q_heads", grad_q_heads, [None] * 4, strided=True)
-    dtypes, device, shape = [grad_q_heads.dtype], grad_q_heads.device, grad_q_heads.shape
-    arguments.tensor("grad_k_heads", grad_k_heads, shape, dtypes, device, strided=True)
-    shape_of_v = [*shape[:3], None]
-    arguments.tensor("grad_v_heads", grad_v_heads, shape_of_v, dtypes, device, strided=True)
-    rope, value = 2 * cos.size(-1), grad_v_heads.size(-1)
-    _check_widths(arguments, grad_q_heads, rope, value)
-    _check_angles(arguments, grad_q_heads, rope, cos, sin)
+    shape, rope = grad_q_heads.shape, 2 * cos.size(-1)
     outputs = _fake_backward(grad_q_heads, grad_k_heads, grad_v_heads, cos, sin)
     if grad_q_heads.numel():
         launch(
@@ -154,8 +176,8 @@ def _launch_backward(
             *shape[:3],
             shape[-1] - rope,
             rope,
-            value,
-            *dtypes,
+            grad_v_heads.size(-1),
+            grad_q_heads.dtype,
         )
     return outputs
 
@@ -198,9 +220,13 @@ def _fake_backward(
     )
 
 
-_forward = register("mla_rope", _launch_forward, _refer_forward, _fake_forward)
+_forward = register("mla_rope", _check_forward, _launch_forward, _refer_forward, _fake_forward)
 _backward = register(
-    "mla_rope_backward", _launch_backward, reference.mla_rope_backward, _fake_backward
+    "mla_rope_backward",
+    _check_backward,
+    _launch_backward,
+    reference.mla_rope_backward,
+    _fake_backward,
 )
 
 

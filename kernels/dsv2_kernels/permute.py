@@ -3,19 +3,21 @@
 `plan = (tokens, rows, row_starts)`, then `rows = gather_rows(x, *plan)` and
 `x = sum_rows(rows, *plan)`, each the other's gradient; `gather_gates(gates, assignments, *plan)`.
 
-Deterministic: no sum is shared between blocks. Where the kernels are built for debugging, or
-emulated, indices that are out of range are found, and rows that disagree with their tokens; not a
-row that is named twice. The backward pass looks whether an assignment is of its row's token.
+Deterministic: no sum is shared between blocks. On a CPU a plan or assignments that are wrong are
+refused. Where the kernels are built for debugging, or emulated, indices that are out of range are
+found, and rows that disagree with their tokens; not a row that is named twice. Their backward pass
+looks whether an assignment is of its row's token.
 """
 
 # T tokens, R rows, h channels, E experts
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv2_kernels.native.checks import Arguments
+from dsv2_kernels.native.checks import Arguments, first
 from dsv2_kernels.native.library import launch
 from dsv2_kernels.native.registry import register
 from dsv2_kernels.reference import permute as reference
@@ -27,7 +29,8 @@ def gather_rows(x: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> 
     """A copy of its token for each row.
 
     Args:
-        x: [T, h] float32, bfloat16 or float16; h elements are a multiple of 16 bytes.
+        x: [T, h] float32, bfloat16 or float16; for kernels h elements are a multiple of 16
+            bytes.
         tokens: [R] int64, the token of each row.
         rows: [R] int64, the rows of token 0, then of token 1, and so on.
         row_starts: [T] int64, where each token begins in `rows`.
@@ -36,7 +39,8 @@ def gather_rows(x: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> 
         [R, h] in the dtype of `x`.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride, address or device that is not supported.
+        TypeError, ValueError: a dtype, shape, device or, on a CPU, index that is not supported; for
+            kernels also a stride or an address.
 
     Note:
         Reads a token once, whatever its rows. Saves the plan alone. No communication.
@@ -55,7 +59,8 @@ def sum_rows(
     """The sum of each token's rows, times their gates where given; zero for a token without any.
 
     Args:
-        values: [R, h] float32, bfloat16 or float16; h elements are a multiple of 16 bytes.
+        values: [R, h] float32, bfloat16 or float16; for kernels h elements are a multiple of 16
+            bytes.
         tokens: [R] int64, the token of each row.
         rows: [R] int64, the rows of token 0, then of token 1, and so on.
         row_starts: [T] int64, where each token begins in `rows`.
@@ -65,7 +70,8 @@ def sum_rows(
         [T, h] in the dtype of `values`; summed in fp32, rounded once.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride, address or device that is not supported.
+        TypeError, ValueError: a dtype, shape, device or, on a CPU, index that is not supported; for
+            kernels also a stride or an address.
 
     Note:
         Saves `values` only with gates, for their gradient. No communication.
@@ -117,46 +123,107 @@ def gather_gates(
         [R] float32.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride or device that is not supported.
+        TypeError, ValueError: a dtype, shape, device or, on a CPU, index that is not supported; for
+            kernels also a stride.
     """
     gathered: Tensor = _gather_gates(gates, assignments, tokens, rows, row_starts)
     return gathered
 
 
-def _check_plan(
-    arguments: Arguments, plan: Plan, num_tokens: int | None, device: torch.device
-) -> None:
-    tokens, rows, row_starts = plan
-    integers = [torch.int64]
-    arguments.tensor("tokens", tokens, [None], integers, device, aligned=False)
-    arguments.tensor("rows", rows, [tokens.size(0)], integers, device, aligned=False)
-    arguments.tensor("row_starts", row_starts, [num_tokens], integers, device, aligned=False)
-    if not row_starts.size(0):
-        arguments.require(
-            not tokens.size(0), "tokens", f"{tokens.size(0)} rows", "0 without tokens"
-        )
+def _check_gather_rows(arguments: Arguments, x: Tensor, *plan: Tensor) -> None:
+    arguments.tensor("x", x, [None, None], arguments.floats)
+    arguments.vectors("width", x.size(1), x.dtype)
+    _check_plan(arguments, *plan, num_tokens=x.size(0), device=x.device)
 
 
-def _check_values(
-    arguments: Arguments, values: Tensor, gates: Tensor | None, num_rows: int
+def _check_sum_rows(
+    arguments: Arguments, values: Tensor, gates: Tensor | None, *plan: Tensor
 ) -> None:
-    arguments.tensor("values", values, [num_rows, None])
+    device = values.device
+    _check_plan(arguments, *plan, num_tokens=None, device=device)
+    num_rows = plan[0].size(0)
+    arguments.tensor("values", values, [num_rows, None], arguments.floats)
     arguments.vectors("width", values.size(1), values.dtype)
     if gates is not None:
-        device = values.device
-        arguments.tensor("gates", gates, [num_rows], [torch.float32], device, aligned=False)
+        arguments.tensor("gates", gates, [num_rows], arguments.wide, device, aligned=False)
 
 
-def _check_assignments(arguments: Arguments, assignments: Tensor, tokens: Tensor) -> None:
-    shape, integers = [tokens.size(0)], [torch.int64]
-    arguments.tensor("assignments", assignments, shape, integers, tokens.device, aligned=False)
+def _check_sum_rows_backward(
+    arguments: Arguments, grad_sums: Tensor, values: Tensor, gates: Tensor, *plan: Tensor
+) -> None:
+    _check_sum_rows(arguments, values, gates, *plan)
+    shape = [plan[-1].size(0), values.size(1)]
+    arguments.tensor("grad_sums", grad_sums, shape, [values.dtype], values.device)
+
+
+def _check_gather_gates(
+    arguments: Arguments, gates: Tensor, assignments: Tensor, *plan: Tensor
+) -> None:
+    arguments.tensor("gates", gates, [None, None], arguments.wide, aligned=False)
+    _check_plan(arguments, *plan, num_tokens=gates.size(0), device=gates.device)
+    _check_assignments(arguments, assignments, plan, gates.size(1))
+
+
+def _check_gather_gates_backward(
+    arguments: Arguments, grad_gathered: Tensor, assignments: Tensor, *rest: Any
+) -> None:
+    *plan, num_experts = rest
+    device = grad_gathered.device
+    _check_plan(arguments, *plan, num_tokens=None, device=device)
+    _check_assignments(arguments, assignments, plan, num_experts)
+    arguments.tensor("grad_gathered", grad_gathered, plan[0].shape, arguments.wide, aligned=False)
+
+
+def _check_plan(
+    arguments: Arguments,
+    tokens: Tensor,
+    rows: Tensor,
+    row_starts: Tensor,
+    *,
+    num_tokens: int | None,
+    device: torch.device,
+) -> None:
+    integers = [torch.int64]
+    arguments.tensor("tokens", tokens, [None], integers, device, aligned=False)
+    num_rows = tokens.size(0)
+    arguments.tensor("rows", rows, [num_rows], integers, device, aligned=False)
+    arguments.tensor("row_starts", row_starts, [num_tokens], integers, device, aligned=False)
+    if not row_starts.size(0):
+        arguments.require(not num_rows, "tokens", f"{num_rows} rows", "0 without tokens")
+    if not arguments.for_kernel:
+        _check_order(arguments, tokens, rows, row_starts)
+
+
+def _check_order(arguments: Arguments, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> None:
+    """The rows of token 0, then of token 1, and so on, each once."""
+    arguments.indices("tokens", tokens, row_starts.size(0))
+    arguments.indices("rows", rows, rows.size(0), once=True)
+    expected = tokens.sort().values
+    for place in first(tokens[rows] != expected):
+        found = f"row {rows[place]} in place {place}"
+        arguments.refuse("rows", found, f"a row of token {expected[place]} there")
+    counts = tokens.bincount(minlength=row_starts.size(0))
+    starts = counts.cumsum(0) - counts
+    for token in first(row_starts != starts):
+        found = f"{row_starts[token]} for token {token}"
+        arguments.refuse("row_starts", found, f"{starts[token]} there")
+
+
+def _check_assignments(
+    arguments: Arguments, assignments: Tensor, plan: Sequence[Tensor], num_experts: int
+) -> None:
+    tokens, _, row_starts = plan
+    shape, integers, device = tokens.shape, [torch.int64], tokens.device
+    arguments.tensor("assignments", assignments, shape, integers, device, aligned=False)
+    arguments.indices("assignments", assignments, row_starts.size(0) * num_experts, once=True)
+    if not arguments.for_kernel:
+        for row in first(assignments // num_experts != tokens):
+            found = f"{assignments[row]} for a row of token {tokens[row]}"
+            arguments.refuse("assignments", found, f"token * {num_experts} + expert")
 
 
 def _launch_gather_rows(x: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> Tensor:
-    arguments, plan = Arguments("gather_rows"), (tokens, rows, row_starts)
-    arguments.tensor("x", x, [None, None])
-    arguments.vectors("width", x.size(1), x.dtype)
-    _check_plan(arguments, plan, x.size(0), x.device)
+    plan = (tokens, rows, row_starts)
     gathered = _fake_gather_rows(x, *plan)
     if gathered.numel():
         row_bytes = x.size(1) * x.element_size()
@@ -168,9 +235,7 @@ def _launch_gather_rows(x: Tensor, tokens: Tensor, rows: Tensor, row_starts: Ten
 def _launch_sum_rows(
     values: Tensor, gates: Tensor | None, tokens: Tensor, rows: Tensor, row_starts: Tensor
 ) -> Tensor:
-    arguments, plan = Arguments("sum_rows"), (tokens, rows, row_starts)
-    _check_plan(arguments, plan, None, values.device)
-    _check_values(arguments, values, gates, tokens.size(0))
+    plan = (tokens, rows, row_starts)
     sums = _fake_sum_rows(values, gates, *plan)
     if not values.numel():
         return sums.zero_()
@@ -187,11 +252,7 @@ def _launch_sum_rows_backward(
     rows: Tensor,
     row_starts: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    arguments, plan = Arguments("sum_rows_backward"), (tokens, rows, row_starts)
-    _check_plan(arguments, plan, None, values.device)
-    _check_values(arguments, values, gates, tokens.size(0))
-    shape = [row_starts.size(0), values.size(1)]
-    arguments.tensor("grad_sums", grad_sums, shape, [values.dtype], values.device)
+    plan = (tokens, rows, row_starts)
     grads = _fake_sum_rows_backward(grad_sums, values, gates, *plan)
     if not values.numel():
         return grads[0], grads[1].zero_()
@@ -204,10 +265,7 @@ def _launch_sum_rows_backward(
 def _launch_gather_gates(
     gates: Tensor, assignments: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor
 ) -> Tensor:
-    arguments, plan = Arguments("gather_gates"), (tokens, rows, row_starts)
-    arguments.tensor("gates", gates, [None, None], [torch.float32], aligned=False)
-    _check_plan(arguments, plan, gates.size(0), gates.device)
-    _check_assignments(arguments, assignments, tokens)
+    plan = (tokens, rows, row_starts)
     gathered = _fake_gather_gates(gates, assignments, *plan)
     if gathered.numel():
         sizes = gates.numel(), tokens.size(0)
@@ -223,11 +281,7 @@ def _launch_gather_gates_backward(
     row_starts: Tensor,
     num_experts: int,
 ) -> Tensor:
-    arguments, plan = Arguments("gather_gates_backward"), (tokens, rows, row_starts)
-    _check_plan(arguments, plan, None, grad_gathered.device)
-    _check_assignments(arguments, assignments, tokens)
-    shape = [tokens.size(0)]
-    arguments.tensor("grad_gathered", grad_gathered, shape, [torch.float32], aligned=False)
+    plan = (tokens, rows, row_starts)
     grad_gates = _fake_gather_gates_backward(grad_gathered, assignments, *plan, num_experts)
     if not tokens.size(0):
         return grad_gates.zero_()
@@ -261,20 +315,32 @@ def _fake_gather_gates_backward(grad_gathered: Tensor, *rest: Any) -> Tensor:
 
 
 _gather_rows = register(
-    "gather_rows", _launch_gather_rows, reference.gather_rows, _fake_gather_rows
+    "gather_rows",
+    _check_gather_rows,
+    _launch_gather_rows,
+    reference.gather_rows,
+    _fake_gather_rows,
 )
-_sum_rows = register("sum_rows", _launch_sum_rows, reference.sum_rows, _fake_sum_rows)
+_sum_rows = register(
+    "sum_rows", _check_sum_rows, _launch_sum_rows, reference.sum_rows, _fake_sum_rows
+)
 _sum_rows_backward = register(
     "sum_rows_backward",
+    _check_sum_rows_backward,
     _launch_sum_rows_backward,
     reference.sum_rows_backward,
     _fake_sum_rows_backward,
 )
 _gather_gates = register(
-    "gather_gates", _launch_gather_gates, reference.gather_gates, _fake_gather_gates
+    "gather_gates",
+    _check_gather_gates,
+    _launch_gather_gates,
+    reference.gather_gates,
+    _fake_gather_gates,
 )
 _gather_gates_backward = register(
     "gather_gates_backward",
+    _check_gather_gates_backward,
     _launch_gather_gates_backward,
     reference.gather_gates_backward,
     _fake_gather_gates_backward,

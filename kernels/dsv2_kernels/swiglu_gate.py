@@ -20,15 +20,16 @@ def swiglu_gate(projected: Tensor, gates: Tensor | None = None) -> Tensor:
     """silu(g) * u * gate (DeepSeek-V2, equation 20: the gate value enters before the output).
 
     Args:
-        projected: [R, 2f] float32, bfloat16 or float16; g first, then u. 2f elements are a
-            multiple of 32 bytes.
+        projected: [R, 2f] float32, bfloat16 or float16; g first, then u. For kernels 2f
+            elements are a multiple of 32 bytes.
         gates: [R] float32; None for ones.
 
     Returns:
         [R, f] in the dtype of `projected`; computed in fp32.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride or address that is not supported.
+        TypeError, ValueError: a dtype or shape that is not supported; for kernels also a stride or
+            an address.
 
     Note:
         Deterministic. Saves its inputs; the backward pass recomputes. No communication.
@@ -55,19 +56,25 @@ def swiglu_gate_backward(
     return gradients
 
 
-def _check(op: str, projected: Tensor, gates: Tensor | None) -> Arguments:
-    arguments = Arguments(op)
-    arguments.tensor("projected", projected, [None, None])
+def _check_forward(arguments: Arguments, projected: Tensor, gates: Tensor | None) -> None:
+    arguments.tensor("projected", projected, [None, None], arguments.floats)
     arguments.require(projected.size(1) % 2 == 0, "projected", projected.size(1), "even widths")
     arguments.vectors("width", projected.size(1) // 2, projected.dtype)
     if gates is not None:
-        shape = [projected.size(0)]
-        arguments.tensor("gates", gates, shape, [torch.float32], projected.device, aligned=False)
-    return arguments
+        shape, device = [projected.size(0)], projected.device
+        arguments.tensor("gates", gates, shape, arguments.wide, device, aligned=False)
+
+
+def _check_backward(
+    arguments: Arguments, grad_activation: Tensor, projected: Tensor, gates: Tensor | None
+) -> None:
+    _check_forward(arguments, projected, gates)
+    shape = [projected.size(0), projected.size(1) // 2]
+    dtypes, device = [projected.dtype], projected.device
+    arguments.tensor("grad_activation", grad_activation, shape, dtypes, device)
 
 
 def _launch_forward(projected: Tensor, gates: Tensor | None) -> Tensor:
-    _check("swiglu_gate", projected, gates)
     rows, width = projected.size(0), projected.size(1) // 2
     activation = _fake_forward(projected, gates)
     if activation.numel():
@@ -78,11 +85,7 @@ def _launch_forward(projected: Tensor, gates: Tensor | None) -> Tensor:
 def _launch_backward(
     grad_activation: Tensor, projected: Tensor, gates: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = _check("swiglu_gate_backward", projected, gates)
     rows, width = projected.size(0), projected.size(1) // 2
-    arguments.tensor(
-        "grad_activation", grad_activation, [rows, width], [projected.dtype], projected.device
-    )
     grad_projected, grad_gates, activation = _fake_backward(grad_activation, projected, gates)
     if activation.numel():
         launch(
@@ -115,9 +118,15 @@ def _fake_backward(
     return torch.empty_like(projected), grad_gates, torch.empty_like(grad_activation)
 
 
-_forward = register("swiglu_gate", _launch_forward, reference.swiglu_gate, _fake_forward)
+_forward = register(
+    "swiglu_gate", _check_forward, _launch_forward, reference.swiglu_gate, _fake_forward
+)
 _backward = register(
-    "swiglu_gate_backward", _launch_backward, reference.swiglu_gate_backward, _fake_backward
+    "swiglu_gate_backward",
+    _check_backward,
+    _launch_backward,
+    reference.swiglu_gate_backward,
+    _fake_backward,
 )
 
 

@@ -26,9 +26,23 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """In a test that takes it, tensors on it go through the kernels: emulated on the CPU."""
-    if request.param == "cuda" and (missing := library.why_missing()):
+    return _device_of(request.param)
+
+
+@pytest.fixture(params=["reference", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def anywhere(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """In a test that takes it, tensors on it go through the references, or through the kernels."""
+    if request.param == "emulated":
+        with library.emulated(request.getfixturevalue("emulated_library")):
+            yield torch.device("cpu")
+    else:
+        yield _device_of("cpu" if request.param == "reference" else request.param)
+
+
+def _device_of(name: str) -> torch.device:
+    if name == "cuda" and (missing := library.why_missing()):
         pytest.skip(missing)
-    return torch.device(request.param)
+    return torch.device(name)
 
 
 @pytest.fixture(autouse=True)

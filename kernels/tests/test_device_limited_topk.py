@@ -14,6 +14,7 @@ from dsv2_kernels.native.workspace import zeros
 from dsv2_kernels.reference import device_limited_topk as reference
 from dsv2_kernels.testing.numeric import assert_as_good
 
+CPU = torch.device("cpu")
 # positions, sequences, groups, experts of a group, limit, K
 Shape = tuple[int, int, int, int, int, int]
 
@@ -107,14 +108,13 @@ def check_backward(found: op.DeviceLimitedTopk, dtype: torch.dtype, shape: Shape
 
 def exercise() -> None:
     """A little of everything, for the sanitizers and the deliberate mistakes."""
-    cpu = torch.device("cpu")
-    check(logits_of(DEEPSEEK_V2, None, torch.bfloat16, cpu), DEEPSEEK_V2)
+    check(logits_of(DEEPSEEK_V2, None, torch.bfloat16, CPU), DEEPSEEK_V2)
     small = (2, 2, 3, 5, 2, 4)
     for levels in (3, None):
-        check(logits_of(small, levels, torch.float32, cpu), small)
+        check(logits_of(small, levels, torch.float32, CPU), small)
     for size in EDGES[1::2]:
         edge = (1, 1, 1, size, 1, 4)
-        check(logits_of(edge, None, torch.float32, cpu), edge)
+        check(logits_of(edge, None, torch.float32, CPU), edge)
 
 
 def ask(device: torch.device) -> None:
@@ -132,13 +132,13 @@ def ask(device: torch.device) -> None:
 
 
 def test_what_torch_asks_of_the_reference() -> None:
-    ask(torch.device("cpu"))
+    ask(CPU)
 
 
 def test_the_reference_against_plain_python() -> None:
     for shape in (DEEPSEEK_V2, (3, 2, 5, 3, 2, 6), (1, 1, 2, 3, 1, 2)):
         for levels in (None, 2):
-            logits = logits_of(shape, levels, torch.float64, torch.device("cpu"))
+            logits = logits_of(shape, levels, torch.float64, CPU)
             found = defined(logits, shape)
             expected = of_affinities(found.affinities, shape)
             assert all(torch.equal(getattr(found, n), getattr(expected, n)) for n in COUNTS)
@@ -154,7 +154,7 @@ def test_the_reference_against_plain_python() -> None:
 def test_gradients_of_the_reference() -> None:
     """By differences, in fp64, through gates and sums."""
     shape = (3, 2, 4, 3, 2, 3)
-    logits = logits_of(shape, None, torch.float64, torch.device("cpu")).requires_grad_()
+    logits = logits_of(shape, None, torch.float64, CPU).requires_grad_()
 
     def differentiable(logits: Tensor) -> tuple[Tensor, Tensor]:
         found = op.device_limited_topk(logits, **options_of(shape))
@@ -273,16 +273,12 @@ def test_autograd_goes_through_the_kernel(device: torch.device, used: str) -> No
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"logits": torch.zeros(4, 16, dtype=torch.float64)}, TypeError, "dtype torch.float64"),
-        ({"logits": torch.zeros(16, 4).t()}, ValueError, "contiguous"),
-        ({"logits": torch.zeros(65)[1:].view(4, 16)}, ValueError, "modulo 16"),
+        ({"logits": torch.zeros(4, 16, dtype=torch.int32)}, TypeError, "dtype torch.int32"),
         ({"logits": torch.zeros(64)}, ValueError, r"supported: \[any, any\]"),
-        ({"logits": torch.zeros(4, 520)}, ValueError, "experts has 520; supported: 1 to 512"),
         ({"logits": torch.zeros(4, 0)}, ValueError, "experts has 0"),
         ({"num_sequences": 3}, ValueError, "num_sequences has 3; supported: divisors of 4 tokens"),
         ({"num_sequences": 0}, ValueError, "num_sequences has 0"),
         ({"num_groups": 3}, ValueError, "num_groups has 3; supported: divisors of 16 experts"),
-        ({"logits": torch.zeros(4, 130), "num_groups": 65}, ValueError, "up to 64"),
         ({"num_limited": 0}, ValueError, "num_limited has 0; supported: 1 to 4 groups"),
         ({"num_limited": 5}, ValueError, "num_limited has 5"),
         ({"top_k": 9}, ValueError, "top_k has 9; supported: 1 to 8"),
@@ -291,19 +287,56 @@ def test_autograd_goes_through_the_kernel(device: torch.device, used: str) -> No
     ],
 )
 def test_what_is_refused(
-    device: torch.device, change: dict[str, Any], error: type[Exception], words: str
+    anywhere: torch.device, change: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     options = {"logits": torch.zeros(4, 16), **options_of((2, 2, 4, 4, 2, 3)), **change}
-    logits = options.pop("logits")
-    if device.type == "cuda":
-        # To a GPU with its strides and offset.
-        storage = logits.untyped_storage().to(device="cuda")
-        logits = logits.new_empty(0, device=device).set_(
-            storage, logits.storage_offset(), logits.shape, logits.stride()
-        )
+    logits = options.pop("logits").to(anywhere)
     with pytest.raises(error, match=words) as told:
         op.device_limited_topk(logits, **options)
     assert str(told.value).startswith("device_limited_topk: ")
+
+
+UNREADABLE = [
+    (lambda x: x.double(), {}, "dtype torch.float64"),
+    (lambda x: x.t().contiguous().t(), {}, "contiguous"),
+    (lambda x: x.flatten()[1:-15].view(4, 16), {}, "modulo 16"),
+    (lambda x: x.repeat(1, 33), {}, "experts has 528; supported: at most 512"),
+    (lambda x: x.repeat(1, 9)[:, :130].clone(), {"num_groups": 65}, "groups has 65; .* at most 64"),
+    (lambda x: x.repeat(1, 9), {"num_limited": 4, "top_k": 17}, "top_k has 17; .* at most 16"),
+]
+
+
+@pytest.mark.parametrize(("change", "options", "words"), UNREADABLE)
+def test_what_a_kernel_cannot_read(
+    device: torch.device, change: object, options: dict[str, int], words: str
+) -> None:
+    logits = change(torch.zeros(5, 16, device=device))  # type: ignore[operator]
+    with pytest.raises((TypeError, ValueError), match=words):
+        op.device_limited_topk(logits[:4], **options_of((2, 2, 4, 4, 2, 3)) | options)
+
+
+@pytest.mark.parametrize(("change", "options"), [each[:2] for each in UNREADABLE])
+def test_plain_torch_reads_it(change: object, options: dict[str, int]) -> None:
+    logits = change(torch.arange(80.0).sin().view(5, 16))[:4]  # type: ignore[operator]
+    options = options_of((2, 2, 4, 4, 2, 3)) | options
+    found = op.device_limited_topk(logits, **options)
+    groups = options["num_groups"]
+    size, limit, top_k = logits.size(1) // groups, options["num_limited"], options["top_k"]
+    expected = of_affinities(logits.softmax(-1), (2, 2, groups, size, limit, top_k))
+    torch.testing.assert_close(found.affinities, expected.affinities)
+    assert all(torch.equal(getattr(found, n), getattr(expected, n)) for n in COUNTS)
+
+
+def backward(inputs: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    return op.device_limited_topk_backward(*inputs, scaling_factor=1.0, dtype=dtype)
+
+
+def inputs_backward(device: torch.device) -> list[Tensor]:
+    """Gradient of gates, affinities, experts, gradient of sums."""
+    shape = (2, 2, 4, 4, 2, 3)
+    logits = logits_of(shape, None, torch.float32, device)
+    found = op.device_limited_topk(logits, **options_of(shape))
+    return [found.gates, found.affinities, found.experts, found.affinity_sums]
 
 
 @pytest.mark.parametrize(
@@ -314,31 +347,53 @@ def test_what_is_refused(
         (1, lambda x: x.bfloat16(), TypeError, "affinities has dtype torch.bfloat16"),
         (2, lambda x: x.int(), TypeError, "experts has dtype torch.int32"),
         (2, lambda x: x[:3].contiguous(), ValueError, r"experts has shape \[3, 3\]"),
-        (2, lambda x: x.repeat(1, 6), ValueError, "experts has 18; supported: 1 to 16 columns"),
+        (2, lambda x: x[:, :0], ValueError, "columns of experts has 0; supported: at least 1"),
         (3, lambda x: x[:, :8].contiguous(), ValueError, "grad_affinity_sums has shape"),
         (3, lambda x: torch.cat([x, x[:1]]), ValueError, "divisors of 4 tokens"),
-        (3, lambda x: x.t().contiguous().t(), ValueError, "contiguous"),
     ],
 )
 def test_what_is_refused_backward(
-    device: torch.device, place: int, change: object, error: type[Exception], words: str
+    anywhere: torch.device, place: int, change: object, error: type[Exception], words: str
 ) -> None:
-    found = op.device_limited_topk(
-        torch.zeros(4, 16, device=device), **options_of((2, 2, 4, 4, 2, 3))
-    )
-    inputs = [found.gates, found.affinities, found.experts, found.affinity_sums]
+    inputs = inputs_backward(anywhere)
     inputs[place] = change(inputs[place])  # type: ignore[operator]
     with pytest.raises(error, match=words) as told:
-        op.device_limited_topk_backward(*inputs, scaling_factor=1.0, dtype=torch.float32)
+        backward(inputs)
     assert str(told.value).startswith("device_limited_topk_backward: ")
 
 
-def test_an_expert_that_does_not_exist(emulated_library: Path) -> None:
-    with library.emulated(emulated_library):
-        found = op.device_limited_topk(torch.zeros(4, 16), **options_of((2, 2, 4, 4, 2, 3)))
-        for wrong in (-1, 16):
-            experts = found.experts.clone()
-            experts[2, 1] = wrong
-            with pytest.raises(library.LaunchError, match="no such expert, in block"):
-                inputs = (found.gates, found.affinities, experts, None)
-                op.device_limited_topk_backward(*inputs, scaling_factor=1.0, dtype=torch.float32)
+def test_logits_have_no_integers(anywhere: torch.device) -> None:
+    with pytest.raises(TypeError, match=r"backward: dtype has dtype torch.int64; supported: float"):
+        backward(inputs_backward(anywhere), torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "words"),
+    [
+        (2, lambda x: x.repeat(1, 6), "columns of experts has 18; supported: at most 16"),
+        (3, lambda x: x.t().contiguous().t(), "grad_affinity_sums has strides"),
+    ],
+)
+def test_what_a_kernel_cannot_read_backward(
+    device: torch.device, place: int, change: object, words: str
+) -> None:
+    inputs = inputs_backward(device)
+    inputs[place] = change(inputs[place])  # type: ignore[operator]
+    with pytest.raises(ValueError, match=words):
+        backward(inputs)
+
+
+def test_plain_torch_reads_strides_backward() -> None:
+    inputs = inputs_backward(CPU)
+    strided = [each.t().contiguous().t() for each in inputs]
+    torch.testing.assert_close(backward(strided), backward(inputs))
+
+
+@pytest.mark.parametrize("wrong", [-1, 16])
+def test_an_expert_that_does_not_exist(emulated_library: Path, wrong: int) -> None:
+    inputs = inputs_backward(CPU)
+    inputs[2][2, 1] = wrong
+    with pytest.raises(ValueError, match=f"_backward: experts has {wrong}; .* less than 16"):
+        backward(inputs)
+    with library.emulated(emulated_library), pytest.raises(library.LaunchError, match="no such ex"):
+        backward(inputs)

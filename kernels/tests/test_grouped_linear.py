@@ -32,6 +32,17 @@ def inputs(
     return x, weights, grad_y, ends_of(counts, device)
 
 
+def arguments_of(function: str, device: torch.device) -> dict[str, Tensor]:
+    """What `grouped_linear<function>` takes, by name."""
+    x, weights, grad_y, ends = inputs([2, 0, 3], 16, 24, torch.bfloat16, device)
+    return {
+        "": {"x": x, "weights": weights, "ends": ends},
+        "_dgrad": {"grad_y": grad_y, "weights": weights, "ends": ends},
+        "_wgrad_": {"main_grad": weights.float(), "grad_y": grad_y, "x": x, "ends": ends},
+        "_accumulate_": {"main_grad": weights.float(), "gradient": weights, "ends": ends},
+    }[function]
+
+
 def check_products(
     counts: Sequence[int], width: int, outputs: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -166,6 +177,10 @@ def test_ends_that_descend() -> None:
     for ends in ([4, 3], [-1, 3], [1, 2]):
         with pytest.raises(ValueError, match=r"ends has .* ascending numbers up to 3"):
             op.grouped_linear(x, weights, torch.tensor(ends, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"^grouped_linear_accumulate_: ends has \[4, 3\]"):
+        op.grouped_linear_accumulate_(
+            weights.clone(), weights, torch.tensor([4, 3], dtype=torch.int32)
+        )
 
 
 def test_ends_that_descend_are_told_by_the_emulation(emulated_library: Path) -> None:
@@ -181,45 +196,77 @@ def test_ends_that_descend_are_told_by_the_emulation(emulated_library: Path) -> 
 @pytest.mark.parametrize(
     ("function", "name", "change", "error", "words"),
     [
-        ("", "x", Tensor.double, TypeError, "x has dtype torch.float64"),
+        ("", "x", Tensor.int, TypeError, "x has dtype torch.int32"),
         ("", "x", lambda x: x[0], ValueError, r"x has shape \[16\]; supported: \[any, any\]"),
-        ("", "x", lambda x: x.t(), ValueError, "x has strides"),
         ("", "x", lambda x: x[:, :8].contiguous(), ValueError, r"supported: \[any, any, 8\]"),
         ("", "weights", Tensor.float, TypeError, "supported: bfloat16"),
-        ("", "weights", lambda w: w[:, :5].contiguous(), ValueError, "width has 5; .* of 8"),
-        ("", "weights", lambda w: w.mT.contiguous().mT, ValueError, "weights has strides"),
         ("", "ends", Tensor.long, TypeError, "ends has dtype torch.int64; supported: int32"),
         ("", "ends", lambda e: e[:2].clone(), ValueError, r"ends has shape \[2\]"),
         ("_dgrad", "grad_y", lambda g: g[:, :8].contiguous(), ValueError, r"\[any, 8, any\]"),
-        ("_dgrad", "grad_y", lambda g: g.t(), ValueError, "grad_y has strides"),
         ("_wgrad_", "main_grad", Tensor.bfloat16, TypeError, "supported: float32"),
         ("_wgrad_", "main_grad", lambda m: m.mT, ValueError, r"supported: \[any, 24, 16\]"),
         ("_wgrad_", "grad_y", lambda g: g[:4].clone(), ValueError, r"supported: \[5, any\]"),
         ("_wgrad_", "grad_y", Tensor.half, TypeError, "supported: bfloat16"),
-        ("_accumulate_", "gradient", Tensor.double, TypeError, "gradient has dtype"),
+        ("_accumulate_", "gradient", Tensor.long, TypeError, "gradient has dtype"),
         ("_accumulate_", "gradient", lambda g: g[0], ValueError, r"\[any, any, any\]"),
         ("_accumulate_", "main_grad", lambda m: m[:2].clone(), ValueError, r"\[3, 24, 16\]"),
+        ("_accumulate_", "main_grad", lambda m: m[:, :1].clone(), ValueError, r"\[3, 24, 16\]"),
     ],
 )
 def test_what_is_refused(
-    device: torch.device,
+    anywhere: torch.device,
     function: str,
     name: str,
     change: Callable[[Tensor], Tensor],
     error: type[Exception],
     words: str,
 ) -> None:
-    x, weights, grad_y, ends = inputs([2, 0, 3], 16, 24, torch.bfloat16, device)
-    arguments = {
-        "": {"x": x, "weights": weights, "ends": ends},
-        "_dgrad": {"grad_y": grad_y, "weights": weights, "ends": ends},
-        "_wgrad_": {"main_grad": weights.float(), "grad_y": grad_y, "x": x, "ends": ends},
-        "_accumulate_": {"main_grad": weights.float(), "gradient": weights, "ends": ends},
-    }[function]
+    arguments = arguments_of(function, anywhere)
     arguments[name] = change(arguments[name])
     with pytest.raises(error, match=words) as told:
         getattr(op, f"grouped_linear{function}")(**arguments)
     assert str(told.value).startswith(f"grouped_linear{function}: ")
+
+
+UNREADABLE = [
+    ("", "x", lambda x: x.t().contiguous().t(), "x has strides"),
+    ("", "weights", lambda w: w[:, :5].contiguous(), "width has 5; .* of 8"),
+    ("", "weights", lambda w: w.mT.contiguous().mT, "weights has strides"),
+    ("_dgrad", "grad_y", lambda g: g.t().contiguous().t(), "grad_y has strides"),
+    ("_wgrad_", "main_grad", lambda m: m.mT.contiguous().mT, "main_grad has strides"),
+    ("_accumulate_", "gradient", lambda g: g.mT.contiguous().mT, "gradient has strides"),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "change", "words"), UNREADABLE)
+def test_what_a_kernel_cannot_read(
+    device: torch.device, function: str, name: str, change: Callable[[Tensor], Tensor], words: str
+) -> None:
+    arguments = arguments_of(function, device)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=words):
+        getattr(op, f"grouped_linear{function}")(**arguments)
+
+
+@pytest.mark.parametrize(("function", "name", "change"), [each[:3] for each in UNREADABLE])
+def test_plain_torch_reads_it(function: str, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    arguments = arguments_of(function, torch.device("cpu"))
+    arguments[name] = change(arguments[name])
+    *tensors, ends = arguments.values()
+    naive = [each.contiguous() for each in tensors]
+    exact = [each.double() for each in naive]
+    refer = getattr(reference, f"grouped_linear{function}")
+    call = getattr(op, f"grouped_linear{function}")
+    results = call(**arguments), refer(*naive, ends), refer(*exact, ends)
+    if function.endswith("_"):
+        results = tensors[0], naive[0], exact[0]
+    assert_as_good(*results)
+
+
+def test_kernels_refuse_fp64(device: torch.device) -> None:
+    x, weights, _, ends = inputs([2, 0, 3], 16, 24, torch.float64, device)
+    with pytest.raises(TypeError, match=r"^grouped_linear: x has dtype torch.float64"):
+        op.grouped_linear(x, weights, ends)
 
 
 @pytest.mark.parametrize("ends", [[2, 4], [2, 9], [6, 2]])
@@ -228,10 +275,10 @@ def test_ends_that_are_not_those_of_the_rows(emulated_library: Path, ends: list[
     x, weights = torch.randn(6, 8), torch.randn(2, 4, 8)
     wrong = torch.tensor(ends, dtype=torch.int32)
     with library.emulated(emulated_library):
-        for call in (
-            lambda: op.grouped_linear(x, weights, wrong),
-            lambda: op.grouped_linear_dgrad(x[:, :4].contiguous(), weights, wrong),
-            lambda: op.grouped_linear_wgrad_(weights.clone(), x[:, :4].contiguous(), x, wrong),
+        for name, call in (
+            ("", lambda: op.grouped_linear(x, weights, wrong)),
+            ("_dgrad", lambda: op.grouped_linear_dgrad(x[:, :4].contiguous(), weights, wrong)),
+            ("_wgrad_", lambda: op.grouped_linear_wgrad_(weights, x[:, :4].clone(), x, wrong)),
         ):
-            with pytest.raises(ValueError, match=r"grouped_linear: ends has \[.*up to 6"):
+            with pytest.raises(ValueError, match=rf"^grouped_linear{name}: ends has \[.*up to 6"):
                 call()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dsv2_kernels import mla_rope as op
 from dsv2_kernels.native.library import DTYPES
@@ -173,7 +174,7 @@ def test_where_heads_lie(device: torch.device) -> None:
     assert v_heads.untyped_storage().data_ptr() == parts[1].untyped_storage().data_ptr()
 
 
-def test_equal_inputs_give_equal_bits(device: torch.device) -> None:
+def test_equal_partsgive_equal_bits(device: torch.device) -> None:
     shape = (2, 1, 128, 8, 64, 8)
     turns = inputs(shape, torch.bfloat16, device)[3:]
     grads = gradients(shape, torch.bfloat16, device, (1, 2, 0, 3))
@@ -184,17 +185,19 @@ def test_equal_inputs_give_equal_bits(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda q, kv, k, c, s: (q.double(), kv, k, c, s), TypeError, "q has dtype torch.float64"),
+        (lambda q, kv, k, c, s: (q.int(), kv, k, c, s), TypeError, "q has dtype torch.int32"),
         (lambda q, kv, k, c, s: (q, kv.half(), k, c, s), TypeError, "kv has dtype torch.float16"),
         (lambda q, kv, k, c, s: (q, kv, k, c.half(), s), TypeError, "cos has dtype torch.float16"),
         (lambda q, kv, k, c, s: (q[0], kv, k, c, s), ValueError, "q has shape"),
         (lambda q, kv, k, c, s: (q, kv[:2], k, c, s), ValueError, "kv has shape"),
         (lambda q, kv, k, c, s: (q, kv, k[:, :1], c, s), ValueError, "k_rope has shape"),
         (lambda q, kv, k, c, s: (q, kv, k, c, s[:2]), ValueError, "sin has shape"),
-        (lambda q, kv, k, c, s: (q.transpose(0, 1), kv, k, c, s), ValueError, "q has strides"),
-        (lambda q, kv, k, c, s: (q, kv, k.mT.contiguous().mT, c, s), ValueError, "has strides"),
-        (lambda q, kv, k, c, s: (q, kv, k[..., 1:9], c, s), ValueError, "modulo 16"),
-        (lambda q, kv, k, c, s: (q, kv, k[..., :4], c, s), ValueError, "rope channels has 4"),
+        (lambda q, kv, k, c, s: (q, kv, k, c[:, :1], s[:, :1]), ValueError, "cos has shape"),
+        (
+            lambda q, kv, k, c, s: (q, kv[..., :4].clone(), k, c, s),
+            ValueError,
+            "value channels has -4",
+        ),
         (
             lambda q, kv, k, c, s: (q, kv, k[..., :0].clone(), c, s),
             ValueError,
@@ -209,9 +212,9 @@ def test_equal_inputs_give_equal_bits(device: torch.device) -> None:
     ],
 )
 def test_what_is_refused(
-    device: torch.device, change: object, error: type[Exception], words: str
+    anywhere: torch.device, change: object, error: type[Exception], words: str
 ) -> None:
-    parts = inputs((3, 2, 2, 8, 16, 8), torch.bfloat16, device)
+    parts = inputs((3, 2, 2, 8, 16, 8), torch.bfloat16, anywhere)
     with pytest.raises(error, match=words) as told:
         op.mla_rope(*change(*parts))  # type: ignore[operator]
     assert str(told.value).startswith("mla_rope: ")
@@ -220,18 +223,85 @@ def test_what_is_refused(
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda q, k, v: (q, k.float(), v), TypeError, "grad_k_heads has dtype torch.float32"),
-        (lambda q, k, v: (q, k, v[:2]), ValueError, "grad_v_heads has shape"),
-        (lambda q, k, v: (q.mT.contiguous().mT, k, v), ValueError, "strides"),
-        (lambda q, k, v: (q, k, v.as_strided(v.shape, (12, 8, 8, 1))), ValueError, "multiples"),
+        (lambda q, k, v, c: (q, k.float(), v, c), TypeError, "grad_k_heads has dtype torch.float"),
+        (lambda q, k, v, c: (q, k[:, :, :1], v, c), ValueError, "grad_k_heads has shape"),
+        (lambda q, k, v, c: (q, k, v[:2], c), ValueError, "grad_v_heads has shape"),
+        (lambda q, k, v, c: (q, k, v, c[0, 0]), ValueError, r"cos has shape \[\]; .*\[3, any\]"),
+        (lambda q, k, v, c: (q, k, v, c[:, :4].clone()), ValueError, r"sin has .*: \[3, 4\]"),
     ],
 )
 def test_what_the_gradient_refuses(
-    device: torch.device, change: object, error: type[Exception], words: str
+    anywhere: torch.device, change: object, error: type[Exception], words: str
 ) -> None:
     shape = (3, 2, 2, 8, 16, 8)
-    turns = inputs(shape, torch.bfloat16, device)[3:]
-    grads = gradients(shape, torch.bfloat16, device, (1, 2, 0, 3))
+    cosines, sines = inputs(shape, torch.bfloat16, anywhere)[3:]
+    grads = gradients(shape, torch.bfloat16, anywhere, (1, 2, 0, 3))
     with pytest.raises(error, match=words) as told:
-        op.mla_rope_backward(*change(*grads), *turns)  # type: ignore[operator]
+        op.mla_rope_backward(*change(*grads, cosines), sines)  # type: ignore[operator]
     assert str(told.value).startswith("mla_rope_backward: ")
+
+
+UNREADABLE = [
+    (lambda q, kv, k, c, s: (q.mT.contiguous().mT, kv, k, c, s), "q has strides"),
+    (lambda q, kv, k, c, s: (q, kv, k.mT.contiguous().mT, c, s), "k_rope has strides"),
+    (lambda q, kv, k, c, s: (q, kv, pad(k, (1, 7))[..., 1:-7], c, s), "modulo 16"),
+    (
+        lambda q, kv, k, c, s: (q[..., :12].clone(), kv, k[..., :4], c[:, :2], s[:, :2]),
+        "rope channels has 4; supported: multiples of 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), UNREADABLE)
+def test_what_a_kernel_cannot_read(device: torch.device, change: object, words: str) -> None:
+    parts = inputs((3, 2, 2, 8, 16, 8), torch.bfloat16, device)
+    with pytest.raises(ValueError, match=words):
+        op.mla_rope(*change(*parts))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("change", [change for change, _ in UNREADABLE])
+def test_plain_torch_reads_it(change: object) -> None:
+    parts = change(*inputs((3, 2, 2, 8, 16, 8), torch.bfloat16, CPU))  # type: ignore[operator]
+    naive = reference.mla_rope(*(each.contiguous() for each in parts))
+    exact = reference.mla_rope(*(each.double().contiguous() for each in parts))
+    for each in zip(op.mla_rope(*parts), naive, exact, strict=True):
+        assert_as_good(*each)
+
+
+def test_an_odd_number_of_channels_does_not_rotate() -> None:
+    q, kv, k_rope, *turns = inputs((3, 2, 2, 8, 16, 8), torch.bfloat16, CPU)
+    with pytest.raises(ValueError, match=r"^mla_rope: rope channels has 7; supported: even"):
+        op.mla_rope(q, kv, k_rope[..., :7], *turns)
+
+
+UNREADABLE_GRADIENTS = [
+    lambda q, k, v: (q.mT.contiguous().mT, k, v),
+    lambda q, k, v: (q, k, v.as_strided(v.shape, (12, 8, 8, 1))),
+]
+
+
+@pytest.mark.parametrize("change", UNREADABLE_GRADIENTS)
+def test_gradients_that_a_kernel_cannot_read(device: torch.device, change: object) -> None:
+    shape = (3, 2, 2, 8, 16, 8)
+    turns = inputs(shape, torch.bfloat16, device)[3:]
+    grads = change(*gradients(shape, torch.bfloat16, device, (1, 2, 0, 3)))  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"has strides .* multiples of 16 bytes in the others"):
+        op.mla_rope_backward(*grads, *turns)
+
+
+@pytest.mark.parametrize("change", UNREADABLE_GRADIENTS)
+def test_plain_torch_reads_gradients(change: object) -> None:
+    shape = (3, 2, 2, 8, 16, 8)
+    turns = inputs(shape, torch.bfloat16, CPU)[3:]
+    grads = change(*gradients(shape, torch.bfloat16, CPU, (1, 2, 0, 3)))  # type: ignore[operator]
+    parts = [each.contiguous() for each in (*grads, *turns)]
+    naive = reference.mla_rope_backward(*parts)
+    exact = reference.mla_rope_backward(*(each.double() for each in parts))
+    for each in zip(op.mla_rope_backward(*grads, *turns), naive, exact, strict=True):
+        assert_as_good(*each)
+
+
+def test_kernels_refuse_fp64(device: torch.device) -> None:
+    parts = inputs((3, 2, 2, 8, 16, 8), torch.float64, device)
+    with pytest.raises(TypeError, match=r"^mla_rope: q has dtype torch.float64"):
+        op.mla_rope(*parts)

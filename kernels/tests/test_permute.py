@@ -221,17 +221,11 @@ LONG = "tokens has 4 rows; supported: 0 without tokens"
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda v, g, t, r, s: (v.double(), g, t, r, s), TypeError, "values has dtype"),
-        (lambda v, g, t, r, s: (v[:, :12].contiguous(), g, t, r, s), ValueError, "multiples of 8"),
+        (lambda v, g, t, r, s: (v.int(), g, t, r, s), TypeError, "values has dtype"),
         (lambda v, g, t, r, s: (v.t(), g, t, r, s), ValueError, r"supported: \[4, any\]"),
-        (lambda v, g, t, r, s: (v[:, :8], g, t, r, s), ValueError, "contiguous"),
-        (
-            lambda v, g, t, r, s: (v.flatten()[1:33].view(4, 8), g, t, r, s),
-            ValueError,
-            "modulo 16",
-        ),
         (lambda v, g, t, r, s: (v, g.bfloat16(), t, r, s), TypeError, "gates has dtype"),
         (lambda v, g, t, r, s: (v, g[:3], t, r, s), ValueError, r"gates has shape \[3\]"),
+        (lambda v, g, t, r, s: (v, g[:1], t, r, s), ValueError, r"gates has shape \[1\]"),
         (lambda v, g, t, r, s: (v, g, t.int(), r, s), TypeError, "tokens has dtype torch.int32"),
         (lambda v, g, t, r, s: (v, g, t, r[:3], s), ValueError, r"rows has shape \[3\]"),
         (lambda v, g, t, r, s: (v, g, t, r, s[0]), ValueError, r"row_starts has shape \[\]"),
@@ -239,25 +233,59 @@ LONG = "tokens has 4 rows; supported: 0 without tokens"
     ],
 )
 def test_what_is_refused(
-    device: torch.device, change: object, error: type[Exception], words: str
+    anywhere: torch.device, change: object, error: type[Exception], words: str
 ) -> None:
-    plan = plan_of([2, 0, 2, 1], 3, device)
-    _, values, gates = random(torch.bfloat16, device, 3, 4, 16)
+    plan = plan_of([2, 0, 2, 1], 3, anywhere)
+    _, values, gates = random(torch.bfloat16, anywhere, 3, 4, 16)
     values, gates, *plan = change(values, gates, *plan)  # type: ignore[operator]
     with pytest.raises(error, match=words) as told:
         op.sum_rows(values, *plan, gates)
     assert str(told.value).startswith("sum_rows: ")
 
 
-def test_what_the_other_ops_refuse(device: torch.device) -> None:
-    plan = plan_of([2, 0, 2, 1], 3, device)
-    x, values, gates = random(torch.bfloat16, device, 3, 4, 16)
+UNREADABLE = [
+    (lambda v, g: (v.double(), g), TypeError, "values has dtype torch.float64"),
+    (lambda v, g: (v[:, :12].contiguous(), g), ValueError, "width has 12; supported: multiples"),
+    (lambda v, g: (v[:, :8], g), ValueError, "values has strides"),
+    (lambda v, g: (v.flatten()[1:33].view(4, 8), g), ValueError, "modulo 16"),
+    (lambda v, g: (v, g.double()), TypeError, "gates has dtype torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), UNREADABLE)
+def test_what_a_kernel_cannot_read(
+    device: torch.device, change: object, error: type[Exception], words: str
+) -> None:
+    _, values, gates = random(torch.bfloat16, device, 3, 4, 16)
+    values, gates = change(values, gates)  # type: ignore[operator]
+    with pytest.raises(error, match=words):
+        op.sum_rows(values, *plan_of([2, 0, 2, 1], 3, device), gates)
+
+
+@pytest.mark.parametrize("change", [change for change, *_ in UNREADABLE])
+def test_plain_torch_reads_it(change: object) -> None:
+    plan = plan_of([2, 0, 2, 1], 3, CPU)
+    _, *parts = random(torch.bfloat16, CPU, 3, 4, 16)
+    values, gates = change(*parts)  # type: ignore[operator]
+    naive = reference.sum_rows(values.contiguous(), gates, *plan)
+    exact = reference.sum_rows(values.double().contiguous(), gates.double(), *plan)
+    assert_as_good(op.sum_rows(values, *plan, gates), naive, exact)
+
+
+def test_a_width_that_kernels_cannot_copy(device: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"^gather_rows: width has 9; supported: multiples of 8"):
+        op.gather_rows(
+            torch.zeros(3, 9, dtype=torch.bfloat16, device=device), *plan_of([0], 3, device)
+        )
+
+
+def test_what_the_other_ops_refuse(anywhere: torch.device) -> None:
+    plan = plan_of([2, 0, 2, 1], 3, anywhere)
+    x, values, gates = random(torch.bfloat16, anywhere, 3, 4, 16)
     assignments = assignments_of(plan, 5)
-    per_token = torch.rand(3, 5, device=device)
+    per_token = torch.rand(3, 5, device=anywhere)
     with pytest.raises(ValueError, match=r"^gather_rows: row_starts has shape \[3\].*\[2\]"):
         op.gather_rows(x[:2], *plan)
-    with pytest.raises(ValueError, match=r"^gather_rows: width has 9; supported: multiples of 8"):
-        op.gather_rows(x[:, :9].contiguous(), *plan)
     with pytest.raises(ValueError, match=r"^sum_rows_backward: grad_sums has shape \[2, 16\]"):
         op.sum_rows_backward(x[:2], values, gates, *plan)
     with pytest.raises(TypeError, match=r"^gather_gates: gates has dtype torch.bfloat16"):
@@ -282,3 +310,53 @@ def test_indices_that_are_wrong_are_found(
     plan = [torch.tensor(each) for each in (tokens, rows, starts)]
     with library.emulated(emulated_library), pytest.raises(library.LaunchError, match=words):
         op.gather_rows(torch.zeros(2, 4), *plan)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "starts", "words"),
+    [
+        ([0, 3], [0, 1], [0, 1, 1], "tokens has 3; supported: numbers from 0 .* less than 3"),
+        ([-1, 0], [0, 1], [0, 1, 1], "tokens has -1;"),
+        ([0, 1], [0, 2], [0, 1, 2], "rows has 2; supported: numbers from 0 .* less than 2"),
+        ([0, 1], [0, -1], [0, 1, 2], "rows has -1;"),
+        ([0, 0], [1, 1], [0, 2, 2], "rows has 1 twice; supported: each number once"),
+        ([0, 1], [1, 0], [0, 1, 2], "rows has row 1 in place 0; supported: a row of token 0 there"),
+        ([0, 2], [0, 1], [0, 1, 2], "row_starts has 2 for token 2; supported: 1 there"),
+        ([0, 2], [0, 1], [0, -1, 1], "row_starts has -1 for token 1; supported: 1 there"),
+    ],
+)
+def test_indices_that_are_wrong_are_found_in_plain_torch(
+    tokens: list[int], rows: list[int], starts: list[int], words: str
+) -> None:
+    plan = [torch.tensor(each) for each in (tokens, rows, starts)]
+    with pytest.raises(ValueError, match=f"^gather_rows: {words}"):
+        op.gather_rows(torch.zeros(3, 4), *plan)
+    with pytest.raises(ValueError, match=f"^sum_rows: {words}"):
+        op.sum_rows(torch.zeros(2, 4), *plan)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        ([4, 0, 6], "6; supported: numbers from 0 that are less than 6"),
+        ([-1, 0, 5], "-1;"),
+        ([4, 0, 4], "4 twice"),
+        ([4, 2, 5], "2 for a row of token 0; supported: token \\* 2 \\+ expert"),
+    ],
+)
+def test_assignments_that_are_wrong_are_found_in_plain_torch(
+    assignments: list[int], words: str
+) -> None:
+    plan, wrong = plan_of([2, 0, 2], 3, CPU), torch.tensor(assignments)
+    with pytest.raises(ValueError, match=f"^gather_gates: assignments has {words}"):
+        op.gather_gates(torch.zeros(3, 2), wrong, *plan)
+    with pytest.raises(ValueError, match=f"^gather_gates_backward: assignments has {words}"):
+        torch.ops.dsv2.gather_gates_backward(torch.zeros(3), wrong, *plan, 2)
+
+
+def test_plain_torch_without_tokens_rows_or_experts() -> None:
+    for tokens, rows in ((0, 0), (3, 0)):
+        plan = plan_of([0] * rows, tokens, CPU)
+        assert op.gather_rows(torch.zeros(tokens, 4), *plan).shape == (rows, 4)
+        assert op.sum_rows(torch.zeros(rows, 4), *plan).tolist() == [[0.0] * 4] * tokens
+        assert not op.gather_gates(torch.zeros(tokens, 0), plan[0], *plan).numel()

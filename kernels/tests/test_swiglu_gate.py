@@ -91,20 +91,62 @@ def test_autograd_goes_through_the_kernel(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda x, g: (x.double(), g), TypeError, "projected has dtype torch.float64"),
-        (lambda x, g: (x[:, :20].contiguous(), g), ValueError, "multiples of 8"),
+        (lambda x, g: (x.int(), g), TypeError, "projected has dtype torch.int32"),
         (lambda x, g: (x[:, :25].contiguous(), g), ValueError, "even widths"),
-        (lambda x, g: (x.t(), g), ValueError, "contiguous"),
-        (lambda x, g: (x.flatten()[1:-31].view(3, 32), g[:3]), ValueError, "modulo 16"),
         (lambda x, g: (x, g.bfloat16()), TypeError, "gates has dtype torch.bfloat16"),
+        (lambda x, g: (x, g[:1].contiguous()), ValueError, r"gates has shape \[1\]"),
         (lambda x, g: (x, g[:3].contiguous()), ValueError, r"gates has shape \[3\]"),
         (lambda x, g: (x[0], g), ValueError, r"supported: \[any, any\]"),
     ],
 )
 def test_what_is_refused(
-    device: torch.device, change: object, error: type[Exception], words: str
+    anywhere: torch.device, change: object, error: type[Exception], words: str
 ) -> None:
-    _, projected, gates = inputs(4, 16, torch.bfloat16, True, device)
+    _, projected, gates = inputs(4, 16, torch.bfloat16, True, anywhere)
     with pytest.raises(error, match=words) as told:
         op.swiglu_gate(*change(projected, gates))  # type: ignore[operator]
     assert str(told.value).startswith("swiglu_gate: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda y: y[:3], ValueError, r"grad_activation has shape \[3, 16\]"),
+        (lambda y: y[:, :1].contiguous(), ValueError, r"grad_activation has shape \[4, 1\]"),
+        (Tensor.half, TypeError, "grad_activation has dtype torch.float16; supported: bfloat16"),
+    ],
+)
+def test_what_the_gradient_refuses(
+    anywhere: torch.device, change: object, error: type[Exception], words: str
+) -> None:
+    grad, projected, gates = inputs(4, 16, torch.bfloat16, True, anywhere)
+    with pytest.raises(error, match=f"^swiglu_gate_backward: {words}"):
+        op.swiglu_gate_backward(change(grad), projected, gates)  # type: ignore[operator]
+
+
+UNREADABLE = [
+    (lambda x, g: (x.double(), g), TypeError, "projected has dtype torch.float64"),
+    (lambda x, g: (x[:, :20].contiguous(), g), ValueError, "multiples of 8"),
+    (lambda x, g: (x.t().contiguous().t(), g), ValueError, "contiguous"),
+    (lambda x, g: (x.flatten()[1:-31].view(3, 32), g[:3]), ValueError, "modulo 16"),
+    (lambda x, g: (x, g.double()), TypeError, "gates has dtype torch.float64"),
+    (lambda x, g: (x, g.repeat(2)[::2]), ValueError, "gates has strides"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), UNREADABLE)
+def test_what_a_kernel_cannot_read(
+    device: torch.device, change: object, error: type[Exception], words: str
+) -> None:
+    _, projected, gates = inputs(4, 16, torch.bfloat16, True, device)
+    with pytest.raises(error, match=words):
+        op.swiglu_gate(*change(projected, gates))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("change", [change for change, *_ in UNREADABLE])
+def test_plain_torch_reads_it(change: object) -> None:
+    _, projected, gates = inputs(4, 16, torch.bfloat16, True, torch.device("cpu"))
+    parts = change(projected, gates)  # type: ignore[operator]
+    naive = reference.swiglu_gate(*(each.contiguous() for each in parts))
+    exact = reference.swiglu_gate(*(each.double().contiguous() for each in parts))
+    assert_as_good(op.swiglu_gate(*parts), naive, exact)

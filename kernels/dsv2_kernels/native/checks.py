@@ -1,6 +1,11 @@
-"""Checks of a kernel's arguments: what was wrong, what was found, what is supported."""
+"""Checks of an op's arguments: what was wrong, what was found, what is supported.
+
+What would make a result wrong is refused on every path. Strides, addresses, multiples of 16 bytes
+and largest sizes matter to kernels alone; plain torch takes any, and float64 too.
+"""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,50 +17,108 @@ _ALIGNMENT = 16
 
 
 class Arguments:
-    """The checks of one op, which its errors name."""
+    """The checks of one op, which its errors name.
 
-    def __init__(self, op: str) -> None:
+    Every method raises ValueError, and TypeError for a dtype, naming op, argument, what was found
+    and what is supported.
+
+    Args:
+        op: its name.
+        for_kernel: whether a kernel reads the tensors, or plain torch.
+
+    Attributes:
+        for_kernel: the same.
+        floats: supported dtypes of activations and weights.
+        wide: supported dtypes where activations of fewer bits go with float32.
+    """
+
+    def __init__(self, op: str, *, for_kernel: bool) -> None:
         self._op = op
+        self.for_kernel = for_kernel
+        also = () if for_kernel else (torch.float64,)
+        self.floats: tuple[torch.dtype, ...] = (*DTYPES, *also)
+        self.wide: tuple[torch.dtype, ...] = (torch.float32, *also)
 
     def tensor(
         self,
         name: str,
         tensor: Tensor,
         shape: Sequence[int | None],
-        dtypes: Sequence[torch.dtype] = tuple(DTYPES),
+        dtypes: Sequence[torch.dtype],
         device: torch.device | None = None,
         *,
         aligned: bool = True,
         strided: bool = False,
     ) -> None:
-        """Refuse a tensor that a kernel cannot read.
+        """Refuse a tensor that does not fit, or that a kernel cannot read.
 
         Args:
             name: of the argument.
-            tensor: contiguous, unless it may be strided.
+            tensor: for a kernel contiguous, unless it may be strided.
             shape: what its shape must be; None for a dimension that may be anything.
             dtypes: those that are supported.
             device: of the op's other tensors.
-            aligned: whether it is read 16 bytes at a time, and must begin at a multiple of 16.
+            aligned: whether a kernel reads it 16 bytes at a time, and it must begin at a multiple
+                of 16.
             strided: whether all but the last dimension may have any strides that keep every row
                 16-byte aligned.
-
-        Raises:
-            ValueError, TypeError: naming op, argument, what was found and what is supported.
         """
-        if tensor.dtype not in dtypes:
-            names = ", ".join(str(each).removeprefix("torch.") for each in dtypes)
-            raise TypeError(self._text(name, f"dtype {tensor.dtype}", names))
+        self.dtype(name, tensor.dtype, dtypes)
         expected = ["any" if size is None else str(size) for size in shape]
         fits = len(shape) == tensor.dim() and all(
             size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
         )
         if not fits:
-            raise ValueError(
-                self._text(name, f"shape {list(tensor.shape)}", f"[{', '.join(expected)}]")
-            )
+            self.refuse(name, f"shape {list(tensor.shape)}", f"[{', '.join(expected)}]")
         if device is not None and tensor.device != device:
-            raise ValueError(self._text(name, f"a tensor on {tensor.device}", str(device)))
+            self.refuse(name, f"a tensor on {tensor.device}", str(device))
+        if self.for_kernel:
+            self._readable(name, tensor, aligned, strided)
+
+    def dtype(self, name: str, dtype: torch.dtype, supported: Sequence[torch.dtype]) -> None:
+        """Refuse a dtype."""
+        if dtype not in supported:
+            names = ", ".join(str(each).removeprefix("torch.") for each in supported)
+            raise TypeError(self._text(name, f"dtype {dtype}", names))
+
+    def require(self, holds: bool, name: str, found: object, supported: str) -> None:
+        """Refuse a value unless it holds."""
+        if not holds:
+            self.refuse(name, found, supported)
+
+    def refuse(self, name: str, found: object, supported: str) -> NoReturn:
+        """Refuse a value."""
+        raise ValueError(self._text(name, str(found), supported))
+
+    def at_most(self, name: str, size: int, most: int) -> None:
+        """Refuse a size that is too large for a kernel."""
+        if self.for_kernel and size > most:
+            self.refuse(name, size, f"at most {most}")
+
+    def vectors(self, name: str, width: int, dtype: torch.dtype) -> None:
+        """Refuse rows that are not a multiple of 16 bytes, which a kernel reads at a time."""
+        size = _ALIGNMENT // dtype.itemsize
+        if self.for_kernel and width % size:
+            self.refuse(name, width, f"multiples of {size} for {dtype}")
+
+    def indices(self, name: str, indices: Tensor, count: int, *, once: bool = False) -> None:
+        """Refuse indices that do not exist, on the host; kernels look at theirs in debug builds.
+
+        Args:
+            name: of the argument.
+            indices: int64; one dimension where none may be there twice.
+            count: one past the largest index; negative ones do not exist.
+            once: whether none may be there twice.
+        """
+        if self.for_kernel:
+            return
+        for found in indices[(indices < 0) | (indices >= count)][:1].tolist():
+            self.refuse(name, found, f"numbers from 0 that are less than {count}")
+        if once:
+            for found in first(indices.bincount() > 1):
+                self.refuse(name, f"{found} twice", "each number once")
+
+    def _readable(self, name: str, tensor: Tensor, aligned: bool, strided: bool) -> None:
         supports = _has_aligned_rows if strided else Tensor.is_contiguous
         if not supports(tensor):
             found = f"strides {tensor.stride()} for shape {list(tensor.shape)}"
@@ -64,31 +127,19 @@ class Arguments:
                 supported = (
                     f"1 in the last dimension, multiples of {_ALIGNMENT} bytes in the others"
                 )
-            raise ValueError(self._text(name, found, supported))
+            self.refuse(name, found, supported)
         if aligned and tensor.data_ptr() % _ALIGNMENT:
             found = f"an address of {tensor.data_ptr() % _ALIGNMENT} modulo {_ALIGNMENT}"
-            raise ValueError(self._text(name, found, f"multiples of {_ALIGNMENT}"))
-
-    def require(self, holds: bool, name: str, found: object, supported: str) -> None:
-        """Refuse a value.
-
-        Raises:
-            ValueError: as above.
-        """
-        if not holds:
-            raise ValueError(self._text(name, str(found), supported))
-
-    def vectors(self, name: str, width: int, dtype: torch.dtype) -> None:
-        """Refuse rows that are not a multiple of 16 bytes.
-
-        Raises:
-            ValueError: as above.
-        """
-        size = _ALIGNMENT // dtype.itemsize
-        self.require(width % size == 0, name, width, f"multiples of {size} for {dtype}")
+            self.refuse(name, found, f"multiples of {_ALIGNMENT}")
 
     def _text(self, name: str, found: str, supported: str) -> str:
         return f"{self._op}: {name} has {found}; supported: {supported}"
+
+
+def first(wrong: Tensor) -> list[int]:
+    """The first place of a [n] bool tensor that is true, or none."""
+    places: list[int] = wrong.nonzero()[:1].flatten().tolist()
+    return places
 
 
 def is_readable(tensor: Tensor) -> bool:

@@ -1,15 +1,17 @@
-"""Registration of an op with torch: kernel on CUDA, reference on CPU."""
+"""Registration of an op with torch: kernel on CUDA, reference on CPU, checks before both."""
 
 from collections.abc import Callable
 from typing import Any
 
-from torch.library import CustomOpDef, custom_op
+from torch.library import CustomOpDef, custom_op, infer_schema
 
 from dsv2_kernels.native import library
+from dsv2_kernels.native.checks import Arguments
 
 
 def register(
     name: str,
+    check: Callable[..., None],
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
@@ -19,17 +21,28 @@ def register(
 
     Args:
         name: of the op.
-        kernel: checks its arguments and launches; its annotations are the op's schema.
+        check: refuses what is wrong; takes `Arguments`, then the op's own.
+        kernel: launches; its annotations are the op's schema.
         reference: the same in plain torch; CPU tensors go here, or inside `library.emulated`
             through the kernel.
         fake: the outputs' shapes and dtypes, without data.
         mutates: names of arguments that are written to.
     """
-    op = custom_op(f"dsv2::{name}", kernel, mutates_args=mutates, device_types="cuda")
 
-    def on_cpu(*arguments: Any) -> Any:
-        return (kernel if library.is_emulating() else reference)(*arguments)
+    def launch(*inputs: Any) -> Any:
+        check(Arguments(name, for_kernel=True), *inputs)
+        return kernel(*inputs)
 
+    def on_cpu(*inputs: Any) -> Any:
+        if library.is_emulating():
+            return launch(*inputs)
+        check(Arguments(name, for_kernel=False), *inputs)
+        return reference(*inputs)
+
+    schema = infer_schema(kernel, mutates_args=mutates)
+    op = custom_op(
+        f"dsv2::{name}", launch, mutates_args=mutates, device_types="cuda", schema=schema
+    )
     op.register_kernel("cpu")(on_cpu)
     op.register_fake(fake)
     return op

@@ -15,34 +15,24 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def grouped_linear_dgrad(grad_y: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the rows [T, A], from that of the output [T, B]."""
     grad_x = grad_y.new_empty(grad_y.size(0), weights.size(2))
-    for expert, rows in spans(ends, grad_y.size(0)):
+    for expert, rows in _spans(ends):
         grad_x[rows] = grad_y[rows] @ weights[expert]
     return grad_x
 
 
 def grouped_linear_wgrad_(main_grad: Tensor, grad_y: Tensor, x: Tensor, ends: Tensor) -> None:
     """Add the weights' gradient, a product in the dtype of the rows, to `main_grad` [E, B, A]."""
-    for expert, rows in spans(ends, x.size(0)):
+    for expert, rows in _spans(ends):
         main_grad[expert] += grad_y[rows].t() @ x[rows]
 
 
 def grouped_linear_accumulate_(main_grad: Tensor, gradient: Tensor, ends: Tensor) -> None:
     """Add `gradient` [E, B, A] to `main_grad` [E, B, A] for experts that have rows."""
-    for expert, _ in spans(ends):
+    for expert, _ in _spans(ends):
         main_grad[expert] += gradient[expert]
 
 
-def spans(ends: Tensor, num_rows: int | None = None) -> list[tuple[int, slice]]:
-    """Experts that have rows, and which; reads the ends back from a GPU.
-
-    Raises:
-        ValueError: they descend, or do not end with the last row.
-    """
-    bounds = [0, *ends.tolist()]
-    if sorted(bounds) != bounds or num_rows not in (None, bounds[-1]):
-        expected = "" if num_rows is None else f" up to {num_rows}, the number of rows"
-        raise ValueError(
-            f"grouped_linear: ends has {bounds[1:]}; supported: ascending numbers{expected}"
-        )
-    found = enumerate(pairwise(bounds))
+def _spans(ends: Tensor) -> list[tuple[int, slice]]:
+    """Experts that have rows, and which; reads the ends back from a GPU."""
+    found = enumerate(pairwise([0, *ends.tolist()]))
     return [(expert, slice(begin, end)) for expert, (begin, end) in found if begin < end]
