@@ -123,6 +123,34 @@ def gather_gates(
     return gathered
 
 
+def gather_gates_backward(
+    grad_gathered: Tensor,
+    assignments: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    row_starts: Tensor,
+    *,
+    num_experts: int,
+) -> Tensor:
+    """The gradient of the gates.
+
+    Args:
+        grad_gathered: [R] float32.
+        assignments: [R] int64, token * E + expert of each row; none twice.
+        tokens: [R] int64, the token of each row.
+        rows: [R] int64, the rows of token 0, then of token 1, and so on.
+        row_starts: [T] int64, where each token begins in `rows`.
+        num_experts: E.
+
+    Returns:
+        [T, E] float32, zero where a token has no row.
+    """
+    grad_gates: Tensor = _gather_gates_backward(
+        grad_gathered, assignments, tokens, rows, row_starts, num_experts
+    )
+    return grad_gates
+
+
 def _check_plan(
     arguments: Arguments, plan: Plan, num_tokens: int | None, device: torch.device
 ) -> None:
@@ -308,8 +336,9 @@ def _save_assignments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _gather_gates_gradient(ctx: Any, grad_gathered: Tensor) -> tuple[Tensor | None, ...]:
-    grad_gathered = grad_gathered.contiguous()
-    grad_gates = _gather_gates_backward(grad_gathered, *ctx.saved_tensors, ctx.num_experts)
+    grad_gates = gather_gates_backward(
+        grad_gathered.contiguous(), *ctx.saved_tensors, num_experts=ctx.num_experts
+    )
     return grad_gates, None, None, None, None
 
 
