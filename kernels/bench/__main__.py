@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench import _libraries
 from dsv2_kernels.native import library
 from dsv2_kernels.testing import bench, machine
 from dsv2_kernels.testing.timing import first_line
@@ -66,7 +67,7 @@ def run(
     torch.manual_seed(0)
     timer = machine.timer_of(device)
     speeds = machine.measure_speeds(device, timer, seconds)
-    facts = machine.describe(device, ROOT)
+    facts = machine.describe(device, ROOT) | {"libraries": _libraries.versions()}
     measure = partial(bench.measure, timer=timer, seconds=seconds, speeds=speeds)
     cases: list[dict[str, Any]] = []
     for op in ops:
@@ -90,7 +91,7 @@ def _records(
 
 
 def table(results: dict[str, Any]) -> str:
-    """Results as Markdown: where and how fast that is, then a row a case."""
+    """Results as Markdown: where and how fast that is, a row a case, peers that are not here."""
     facts, speeds = results["machine"], results["speeds"]
     clocks = facts["clocks"] or {}
     told = {
@@ -101,6 +102,7 @@ def table(results: dict[str, Any]) -> str:
         "CUDA": facts["cuda"],
         "nvcc": facts["kernels_built_by_nvcc"],
         "commit": facts["commit"],
+        **{name: version for name, version in facts["libraries"].items() if version},
     }
     lines = [
         f"{facts['device']}: {', '.join(f'{name} {value}' for name, value in told.items())}. "
@@ -111,7 +113,20 @@ def table(results: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|---|",
         *map(row, results["cases"]),
     ]
+    if missing := _missing(results["cases"]):
+        lines += ["", f"Peers that could not run: {'; '.join(missing)}."]
     return "\n".join(lines)
+
+
+def _missing(cases: list[dict[str, Any]]) -> list[str]:
+    """Peers that a case could not call, and why; each once."""
+    found = (
+        f"{name}: {peer['missing']}"
+        for case in cases
+        for name, peer in case["peers"].items()
+        if "missing" in peer
+    )
+    return list(dict.fromkeys(found))
 
 
 def row(case: dict[str, Any]) -> str:
@@ -119,6 +134,7 @@ def row(case: dict[str, Any]) -> str:
     peers = ", ".join(
         f"{name} {one['ratio']['median']:.2f}x" if "ratio" in one else f"{name} failed"
         for name, one in case["peers"].items()
+        if "missing" not in one
     )
     name = f"| {case['name']} | {case['tokens']} |"
     if "error" in case:

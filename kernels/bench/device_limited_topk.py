@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bench import _megatron
+from bench._libraries import plain_and_fused
 from bench._sizes import EXPERTS, GROUPS, LIMIT, SCALE, TOP_K
 from dsv2_kernels import device_limited_topk as op
 from dsv2_kernels.reference import device_limited_topk as reference
@@ -15,22 +17,29 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
     """Forward and backward over one sequence's fp32 logits, sums included."""
     logits = torch.randn(tokens, EXPERTS, device=device)
     shape = {"tokens": tokens, "experts": EXPERTS, "top_k": TOP_K}
+    sizes = GROUPS, LIMIT, TOP_K, SCALE
+    routed = _routed(logits)
     yield Case(
         "device_limited_topk forward",
         shape,
-        tokens * (2 * EXPERTS * 4 + TOP_K * 12),
+        logits.nbytes + sum(each.nbytes for each in routed),
         lambda: _routed(logits),
-        peers(reference.device_limited_topk, logits, 1, GROUPS, LIMIT, TOP_K, SCALE),
+        peers(reference.device_limited_topk, logits, 1, *sizes)
+        | plain_and_fused(_megatron.topk, logits, *sizes, note=" (groups by sum)"),
     )
-    routed = _routed(logits)
     grad_gates, grad_sums = torch.randn_like(routed.gates), torch.randn_like(routed.affinity_sums)
     inputs = (grad_gates, routed.affinities, routed.experts, grad_sums)
+    by_expert = torch.zeros_like(logits).scatter(1, routed.experts, grad_gates)
     yield Case(
         "device_limited_topk backward",
         shape,
-        tokens * (2 * EXPERTS * 4 + TOP_K * 12),
+        logits.nbytes + sum(each.nbytes for each in inputs),
         lambda: op.device_limited_topk_backward(*inputs, scaling_factor=SCALE, dtype=logits.dtype),
-        peers(reference.device_limited_topk_backward, *inputs, SCALE, logits.dtype),
+        peers(reference.device_limited_topk_backward, *inputs, SCALE, logits.dtype)
+        | plain_and_fused(
+            *(_megatron.topk_backward, logits, by_expert, grad_sums[0], *sizes),
+            note=" (groups by sum)",
+        ),
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from bench import _transformer_engine
 from bench._sizes import EXPERT_WIDTH, HIDDEN, LOCAL_EXPERTS, TOP_K
 from dsv2_kernels import grouped_linear as op
 from dsv2_kernels.reference import grouped_linear as reference
@@ -27,7 +28,7 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
     yield Case(
         "grouped_linear accumulate",
         {"experts": num_experts, "inputs": hidden, "outputs": width},
-        10 * weights.numel(),
+        2 * main_grad.nbytes + weights.nbytes + ends.nbytes,
         lambda: op.grouped_linear_accumulate_(main_grad, weights, ends),
         {"eager": lambda: main_grad.add_(weights)},
     )
@@ -39,38 +40,43 @@ def _products(
     num_experts, width, hidden = weights.shape
     x, grad_y = (torch.randn(rows, n, device=ends.device).bfloat16() for n in (hidden, width))
     shape = {"rows": rows, "experts": num_experts, "inputs": hidden, "outputs": width}
-    num_bytes = 2 * (x.numel() + grad_y.numel() + weights.numel())
+    num_bytes = x.nbytes + grad_y.nbytes + ends.nbytes
     num_flops = 2 * rows * hidden * width
     yield Case(
         f"grouped_linear forward, {spread}",
         shape,
-        num_bytes,
+        num_bytes + weights.nbytes,
         lambda: op.grouped_linear(x, weights, ends),
         {
             "loop": lambda: reference.grouped_linear(x, weights, ends),
             "one matrix": lambda: x @ weights[0].t(),
+            "transformer-engine": _transformer_engine.grouped_linear(x, weights, ends),
         },
         num_flops=num_flops,
     )
     yield Case(
         f"grouped_linear dgrad, {spread}",
         shape,
-        num_bytes,
+        num_bytes + weights.nbytes,
         lambda: op.grouped_linear_dgrad(grad_y, weights, ends),
         {
             "loop": lambda: reference.grouped_linear_dgrad(grad_y, weights, ends),
             "one matrix": lambda: grad_y @ weights[0],
+            "transformer-engine": _transformer_engine.grouped_linear_dgrad(grad_y, weights, ends),
         },
         num_flops=num_flops,
     )
     yield Case(
         f"grouped_linear wgrad, {spread}",
         shape,
-        num_bytes - 2 * weights.numel() + 8 * main_grad.numel(),
+        num_bytes + 2 * main_grad.nbytes,
         lambda: op.grouped_linear_wgrad_(main_grad, grad_y, x, ends),
         {
             "loop": lambda: reference.grouped_linear_wgrad_(main_grad, grad_y, x, ends),
             "grouped_mm, then add": lambda: main_grad.add_(grouped_mm(grad_y.t(), x, offs=ends)),
+            "transformer-engine": _transformer_engine.grouped_linear_wgrad_(
+                main_grad, weights, grad_y, x, ends
+            ),
         },
         num_flops=num_flops,
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bench import _megatron
 from bench._sizes import HEADS, LATENT, NOPE, ROPE, VALUE
 from dsv2_kernels import mla_rope as op
 from dsv2_kernels.reference import mla_rope as reference
@@ -26,7 +27,11 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
     shape = {"tokens": tokens, "heads": HEADS, "nope": NOPE, "rope": ROPE, "value": VALUE}
     num_bytes = sum(each.nbytes for each in (*parts, *grads))
     yield Case(
-        "mla_rope forward", shape, num_bytes, lambda: op.mla_rope(*parts), peers(_copied, *parts)
+        "mla_rope forward",
+        shape,
+        num_bytes,
+        lambda: op.mla_rope(*parts),
+        peers(_copied, *parts) | {"megatron-core (query in place)": _megatron.mla_rope(*parts)},
     )
     yield Case(
         "mla_rope forward, values left alone",
@@ -40,7 +45,8 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
         shape,
         num_bytes,
         lambda: op.mla_rope_backward(*grads, *parts[3:]),
-        peers(reference.mla_rope_backward, *grads, *parts[3:]),
+        peers(reference.mla_rope_backward, *grads, *parts[3:])
+        | {"megatron-core (query in place)": _megatron.mla_rope_backward(*grads, *parts[3:])},
     )
 
 

@@ -6,41 +6,38 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from bench import _megatron
+from bench._libraries import plain_and_fused
 from bench._sizes import EXPERTS, HIDDEN, TOP_K, random_routing_map
 from dsv2_kernels import permute as op
+from dsv2_kernels.dispatch_index import DispatchIndex, dispatch_index
+from dsv2_kernels.reference import dispatch_index as index_reference
 from dsv2_kernels.reference import permute as reference
-from dsv2_kernels.reference.dispatch_index import dispatch_index
 from dsv2_kernels.testing.bench import Case, peers
+
+# What a GPU's memory moves at least: gates of a token that share a sector are read with it.
+SECTOR_BYTES = 32
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:
     """Forward and backward, bf16; the backward of either plain op is the other."""
-    num_rows = TOP_K * tokens
-    of_row, assignments, _, rows, row_starts = dispatch_index(
-        random_routing_map(tokens, device), num_rows
-    )
-    plan = of_row, rows, row_starts
+    routing_map = random_routing_map(tokens, device)
+    index = dispatch_index(routing_map, TOP_K * tokens)
+    plan = index.tokens, index.rows, index.row_starts
     x = torch.randn(tokens, HIDDEN, device=device, dtype=torch.bfloat16)
-    values = torch.randn(num_rows, HIDDEN, device=device, dtype=torch.bfloat16)
-    yield from _plain(x, values, plan)
+    values = torch.randn(TOP_K * tokens, HIDDEN, device=device, dtype=torch.bfloat16)
+    yield from _plain(x, values, plan, routing_map)
+    yield _with_index(x, values, index, routing_map)
     yield from _gated(x, values, plan)
-    per_token = torch.rand(tokens, EXPERTS, device=device)
-    yield Case(
-        "gather_gates",
-        {"tokens": tokens, "rows": num_rows, "experts": EXPERTS},
-        # A gate's sector of 32 bytes.
-        num_rows * (8 + 4 + 32),
-        lambda: op.gather_gates(per_token, assignments, *plan),
-        {"eager": lambda: reference.gather_gates(per_token, assignments, *plan)},
-    )
+    yield from _gates(index, plan, tokens)
 
 
-def _plain(x: Tensor, values: Tensor, plan: op.Plan) -> Iterator[Case]:
-    shape, indices = _shape(x, values), _index_bytes(x, values)
+def _plain(x: Tensor, values: Tensor, plan: op.Plan, routing_map: Tensor) -> Iterator[Case]:
+    shape, num_bytes = _shape(x, values), x.nbytes + values.nbytes + _index_bytes(plan)
     yield Case(
         "gather_rows",
         shape,
-        x.nbytes + values.nbytes + indices,
+        num_bytes,
         lambda: op.gather_rows(x, *plan),
         peers(reference.gather_rows, x, *plan),
     )
@@ -49,14 +46,37 @@ def _plain(x: Tensor, values: Tensor, plan: op.Plan) -> Iterator[Case]:
     yield Case(
         "sum_rows",
         shape,
-        x.nbytes + values.nbytes + indices,
+        num_bytes,
         lambda: op.sum_rows(values, *plan),
-        peers(reference.sum_rows, values, None, *plan) | bags,
+        peers(reference.sum_rows, values, None, *plan)
+        | bags
+        | plain_and_fused(_megatron.unpermute, values, x, routing_map),
+    )
+
+
+def _with_index(x: Tensor, values: Tensor, index: DispatchIndex, routing_map: Tensor) -> Case:
+    """Libraries make the index, and rows by it, in one function."""
+    num_rows = values.size(0)
+
+    def ours() -> Tensor:
+        made = dispatch_index(routing_map, num_rows)
+        return op.gather_rows(x, made.tokens, made.rows, made.row_starts)
+
+    def eager() -> Tensor:
+        tokens, _, _, rows, row_starts = index_reference.dispatch_index(routing_map, num_rows)
+        return reference.gather_rows(x, tokens, rows, row_starts)
+
+    return Case(
+        "dispatch_index and gather_rows",
+        _shape(x, values),
+        routing_map.nbytes + sum(each.nbytes for each in index) + x.nbytes + values.nbytes,
+        ours,
+        {"eager": eager, **plain_and_fused(_megatron.permute, x, routing_map, num_rows)},
     )
 
 
 def _gated(x: Tensor, values: Tensor, plan: op.Plan) -> Iterator[Case]:
-    shape, indices = _shape(x, values), _index_bytes(x, values)
+    shape, indices = _shape(x, values), _index_bytes(plan)
     gates = torch.rand(values.size(0), device=values.device)
     yield Case(
         "sum_rows with gates",
@@ -74,9 +94,33 @@ def _gated(x: Tensor, values: Tensor, plan: op.Plan) -> Iterator[Case]:
     )
 
 
+def _gates(index: DispatchIndex, plan: op.Plan, tokens: int) -> Iterator[Case]:
+    assignments = index.assignments
+    gates = torch.rand(tokens, EXPERTS, device=assignments.device)
+    grad = torch.rand(assignments.size(0), device=assignments.device)
+    shape = {"tokens": tokens, "rows": assignments.size(0), "experts": EXPERTS}
+    read = (assignments * gates.element_size() // SECTOR_BYTES).unique().numel() * SECTOR_BYTES
+    yield Case(
+        "gather_gates",
+        shape,
+        read + assignments.nbytes + grad.nbytes,
+        lambda: op.gather_gates(gates, assignments, *plan),
+        peers(reference.gather_gates, gates, assignments, *plan),
+    )
+    yield Case(
+        "gather_gates backward",
+        shape,
+        grad.nbytes + assignments.nbytes + _index_bytes(plan) + gates.nbytes,
+        lambda: op.gather_gates_backward(grad, assignments, *plan, num_experts=EXPERTS),
+        peers(reference.gather_gates_backward, grad, assignments, *plan, EXPERTS),
+    )
+
+
 def _shape(x: Tensor, values: Tensor) -> dict[str, int]:
     return {"tokens": x.size(0), "rows": values.size(0), "width": x.size(1)}
 
 
-def _index_bytes(x: Tensor, values: Tensor) -> int:
-    return 8 * (values.size(0) + x.size(0))
+def _index_bytes(plan: op.Plan) -> int:
+    """Of the rows of each token, and where they begin."""
+    _, rows, row_starts = plan
+    return rows.nbytes + row_starts.nbytes

@@ -1,20 +1,26 @@
-"""The gated activation, at the width of DeepSeek-V2's experts."""
+"""The activation of DeepSeek-V2's experts: routed ones with gates, shared ones without."""
 
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from bench._sizes import EXPERT_WIDTH, TOP_K
+from bench import _liger, _megatron
+from bench._sizes import EXPERT_WIDTH, SHARED_EXPERTS, TOP_K
 from dsv2_kernels import swiglu_gate as op
 from dsv2_kernels.reference import swiglu_gate as reference
 from dsv2_kernels.testing.bench import Case, peers
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:
-    """Forward and backward over six rows a token, bf16."""
+    """Forward and backward over six rows a token, and over one that all shared experts take."""
+    yield from _routed(tokens, device)
+    yield from _shared(tokens, device)
+
+
+def _routed(tokens: int, device: torch.device) -> Iterator[Case]:
     rows = TOP_K * tokens
-    projected = torch.randn(rows, 2 * EXPERT_WIDTH, device=device, dtype=torch.bfloat16)
-    grad = torch.randn(rows, EXPERT_WIDTH, device=device, dtype=torch.bfloat16)
+    projected, grad = _random(rows, EXPERT_WIDTH, device)
     gates = torch.rand(rows, device=device)
     shape = {"rows": rows, "width": EXPERT_WIDTH}
     yield Case(
@@ -22,12 +28,51 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
         shape,
         projected.nbytes + grad.nbytes + gates.nbytes,
         lambda: op.swiglu_gate(projected, gates),
-        peers(reference.swiglu_gate, projected, gates),
+        peers(reference.swiglu_gate, projected, gates)
+        | {"megatron-core": _megatron.swiglu(projected, gates)},
     )
     yield Case(
         "swiglu_gate backward",
         shape,
         2 * (projected.nbytes + grad.nbytes + gates.nbytes),
         lambda: op.swiglu_gate_backward(grad, projected, gates),
-        peers(reference.swiglu_gate_backward, grad, projected, gates),
+        peers(reference.swiglu_gate_backward, grad, projected, gates)
+        | {"megatron-core": _megatron.swiglu_backward(grad, projected, gates)},
     )
+
+
+def _shared(tokens: int, device: torch.device) -> Iterator[Case]:
+    width = SHARED_EXPERTS * EXPERT_WIDTH
+    projected, grad = _random(tokens, width, device)
+    shape = {"rows": tokens, "width": width}
+    yield Case(
+        "swiglu_gate forward, no gates",
+        shape,
+        projected.nbytes + grad.nbytes,
+        lambda: op.swiglu_gate(projected),
+        peers(reference.swiglu_gate, projected, None)
+        | {
+            "megatron-core": _megatron.swiglu(projected, None),
+            "liger-kernel": _liger.swiglu(projected),
+        },
+    )
+    yield Case(
+        "swiglu_gate backward, no gates",
+        shape,
+        2 * (projected.nbytes + grad.nbytes),
+        lambda: op.swiglu_gate_backward(grad, projected),
+        peers(reference.swiglu_gate_backward, grad, projected, None)
+        | {
+            "megatron-core": _megatron.swiglu_backward(grad, projected, None),
+            "liger-kernel": _liger.swiglu_backward(grad, projected),
+        },
+    )
+
+
+def _random(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[R, 2f] and [R, f], bf16."""
+    projected, grad = (
+        torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+        for columns in (2 * width, width)
+    )
+    return projected, grad

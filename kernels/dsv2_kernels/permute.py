@@ -11,17 +11,18 @@ looks whether an assignment is of its row's token.
 
 # T tokens, R rows, h channels, E experts
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv2_kernels.native.checks import Arguments, first
+from dsv2_kernels.native.checks import Arguments
 from dsv2_kernels.native.library import launch
+from dsv2_kernels.native.plan_checks import check_assignments, check_plan
 from dsv2_kernels.native.registry import register
 from dsv2_kernels.reference import permute as reference
 
+# Tokens, rows and row starts.
 Plan = tuple[Tensor, Tensor, Tensor]
 
 
@@ -130,17 +131,45 @@ def gather_gates(
     return gathered
 
 
+def gather_gates_backward(
+    grad_gathered: Tensor,
+    assignments: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    row_starts: Tensor,
+    *,
+    num_experts: int,
+) -> Tensor:
+    """The gradient of the gates.
+
+    Args:
+        grad_gathered: [R] float32.
+        assignments: [R] int64, token * E + expert of each row; none twice.
+        tokens: [R] int64, the token of each row.
+        rows: [R] int64, the rows of token 0, then of token 1, and so on.
+        row_starts: [T] int64, where each token begins in `rows`.
+        num_experts: E.
+
+    Returns:
+        [T, E] float32, zero where a token has no row.
+    """
+    grad_gates: Tensor = _gather_gates_backward(
+        grad_gathered, assignments, tokens, rows, row_starts, num_experts
+    )
+    return grad_gates
+
+
 def _check_gather_rows(arguments: Arguments, x: Tensor, *plan: Tensor) -> None:
     arguments.tensor("x", x, [None, None], arguments.floats)
     arguments.vectors("width", x.size(1), x.dtype)
-    _check_plan(arguments, *plan, num_tokens=x.size(0), device=x.device)
+    check_plan(arguments, *plan, num_tokens=x.size(0), device=x.device)
 
 
 def _check_sum_rows(
     arguments: Arguments, values: Tensor, gates: Tensor | None, *plan: Tensor
 ) -> None:
     device = values.device
-    _check_plan(arguments, *plan, num_tokens=None, device=device)
+    check_plan(arguments, *plan, num_tokens=None, device=device)
     num_rows = plan[0].size(0)
     arguments.tensor("values", values, [num_rows, None], arguments.floats)
     arguments.vectors("width", values.size(1), values.dtype)
@@ -160,8 +189,8 @@ def _check_gather_gates(
     arguments: Arguments, gates: Tensor, assignments: Tensor, *plan: Tensor
 ) -> None:
     arguments.tensor("gates", gates, [None, None], arguments.wide, aligned=False)
-    _check_plan(arguments, *plan, num_tokens=gates.size(0), device=gates.device)
-    _check_assignments(arguments, assignments, plan, gates.size(1))
+    check_plan(arguments, *plan, num_tokens=gates.size(0), device=gates.device)
+    check_assignments(arguments, assignments, plan, gates.size(1))
 
 
 def _check_gather_gates_backward(
@@ -169,57 +198,9 @@ def _check_gather_gates_backward(
 ) -> None:
     *plan, num_experts = rest
     device = grad_gathered.device
-    _check_plan(arguments, *plan, num_tokens=None, device=device)
-    _check_assignments(arguments, assignments, plan, num_experts)
+    check_plan(arguments, *plan, num_tokens=None, device=device)
+    check_assignments(arguments, assignments, plan, num_experts)
     arguments.tensor("grad_gathered", grad_gathered, plan[0].shape, arguments.wide, aligned=False)
-
-
-def _check_plan(
-    arguments: Arguments,
-    tokens: Tensor,
-    rows: Tensor,
-    row_starts: Tensor,
-    *,
-    num_tokens: int | None,
-    device: torch.device,
-) -> None:
-    integers = [torch.int64]
-    arguments.tensor("tokens", tokens, [None], integers, device, aligned=False)
-    num_rows = tokens.size(0)
-    arguments.tensor("rows", rows, [num_rows], integers, device, aligned=False)
-    arguments.tensor("row_starts", row_starts, [num_tokens], integers, device, aligned=False)
-    if not row_starts.size(0):
-        arguments.require(not num_rows, "tokens", f"{num_rows} rows", "0 without tokens")
-    if not arguments.for_kernel:
-        _check_order(arguments, tokens, rows, row_starts)
-
-
-def _check_order(arguments: Arguments, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> None:
-    """The rows of token 0, then of token 1, and so on, each once."""
-    arguments.indices("tokens", tokens, row_starts.size(0))
-    arguments.indices("rows", rows, rows.size(0), once=True)
-    expected = tokens.sort().values
-    for place in first(tokens[rows] != expected):
-        found = f"row {rows[place]} in place {place}"
-        arguments.refuse("rows", found, f"a row of token {expected[place]} there")
-    counts = tokens.bincount(minlength=row_starts.size(0))
-    starts = counts.cumsum(0) - counts
-    for token in first(row_starts != starts):
-        found = f"{row_starts[token]} for token {token}"
-        arguments.refuse("row_starts", found, f"{starts[token]} there")
-
-
-def _check_assignments(
-    arguments: Arguments, assignments: Tensor, plan: Sequence[Tensor], num_experts: int
-) -> None:
-    tokens, _, row_starts = plan
-    shape, integers, device = tokens.shape, [torch.int64], tokens.device
-    arguments.tensor("assignments", assignments, shape, integers, device, aligned=False)
-    arguments.indices("assignments", assignments, row_starts.size(0) * num_experts, once=True)
-    if not arguments.for_kernel:
-        for row in first(assignments // num_experts != tokens):
-            found = f"{assignments[row]} for a row of token {tokens[row]}"
-            arguments.refuse("assignments", found, f"token * {num_experts} + expert")
 
 
 def _launch_gather_rows(x: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> Tensor:
@@ -374,8 +355,9 @@ def _save_assignments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _gather_gates_gradient(ctx: Any, grad_gathered: Tensor) -> tuple[Tensor | None, ...]:
-    grad_gathered = grad_gathered.contiguous()
-    grad_gates = _gather_gates_backward(grad_gathered, *ctx.saved_tensors, ctx.num_experts)
+    grad_gates = gather_gates_backward(
+        grad_gathered.contiguous(), *ctx.saved_tensors, num_experts=ctx.num_experts
+    )
     return grad_gates, None, None, None, None
 
 

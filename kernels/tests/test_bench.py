@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,57 @@ OURS = Times((40.0, 50.0, 100.0))
 EAGER = Times((120.0, 100.0, 100.0))
 
 
-def case(num_bytes: int, num_flops: int = 0, **peers: Callable[[], object]) -> bench.Case:
+# Tokens, rows, experts of a layer, of a token and of a rank; channels of tokens and of experts.
+T, R, E, K, LOCAL, H, F = 16, 96, 160, 6, 2, 5120, 1536
+# Of an expert's linear on a CPU, and of 128 heads: nope, rope and value channels.
+A, B, N, C, ROPE, V = 64, 32, 128, 128, 64, 128
+INDEX = 8 * (3 * R + E + T)
+QUERIES, KEYS_AND_VALUES = 2 * T * N * (C + ROPE), 2 * T * N * (C + V)
+HEADS = 2 * QUERIES + 2 * T * N * V
+# Every element that is read or written, once.
+NUM_BYTES = {
+    # Logits and affinities; experts and gates; counts, visits of 8 groups, sums; entropy, NaNs.
+    "device_limited_topk forward": 8 * T * E + 12 * T * K + 4 * (E + 8 + E) + 8,
+    "device_limited_topk backward": 8 * T * E + 12 * T * K + 4 * E,
+    "dispatch_index forward": T * E + INDEX,
+    **{
+        f"grouped_linear {name}, {spread}": num_bytes + 4 * LOCAL
+        for spread in ("even", "Zipf")
+        for name, num_bytes in {
+            "forward": 2 * (R * A + R * B + LOCAL * A * B),
+            "dgrad": 2 * (R * A + R * B + LOCAL * A * B),
+            "wgrad": 2 * (R * A + R * B) + 8 * LOCAL * A * B,
+        }.items()
+    },
+    "grouped_linear accumulate": (8 + 2) * LOCAL * A * B + 4 * LOCAL,
+    "mla_rope forward": QUERIES + KEYS_AND_VALUES + 6 * T * ROPE + HEADS,
+    "mla_rope forward, values left alone": 3 * QUERIES + 2 * T * N * C + 6 * T * ROPE,
+    "mla_rope backward": QUERIES + KEYS_AND_VALUES + 6 * T * ROPE + HEADS,
+    "gather_rows": 2 * (T + R) * H + 8 * (R + T),
+    "sum_rows": 2 * (T + R) * H + 8 * (R + T),
+    "dispatch_index and gather_rows": T * E + INDEX + 2 * (T + R) * H,
+    "sum_rows with gates": 2 * (T + R) * H + 8 * (R + T) + 4 * R,
+    "sum_rows with gates backward": 2 * (T + 2 * R) * H + 8 * (R + T) + 8 * R,
+    "gather_gates backward": (4 + 8) * R + 8 * (R + T) + 4 * T * E,
+    "swiglu_gate forward": 2 * R * 3 * F + 4 * R,
+    "swiglu_gate backward": 2 * R * 6 * F + 8 * R,
+    "swiglu_gate forward, no gates": 2 * T * 3 * 2 * F,
+    "swiglu_gate backward, no gates": 2 * T * 6 * 2 * F,
+}
+# What megatron-core has for a CPU.
+FROM_MEGATRON = {
+    "device_limited_topk forward",
+    "device_limited_topk backward",
+    "dispatch_index and gather_rows",
+    "sum_rows",
+    "swiglu_gate forward",
+    "swiglu_gate backward",
+    "swiglu_gate forward, no gates",
+    "swiglu_gate backward, no gates",
+}
+
+
+def case(num_bytes: int, num_flops: int = 0, **peers: bench.Peer) -> bench.Case:
     return bench.Case("op", {"rows": 3}, num_bytes, lambda: None, peers, num_flops=num_flops)
 
 
@@ -58,6 +108,23 @@ def test_what_failed_has_its_error_instead() -> None:
     without_ours = record(case(1, eager=lambda: None), ours="no kernel")
     assert without_ours["error"] == "no kernel" and "us" not in without_ours
     assert without_ours["peers"]["eager"] == {"us": EAGER.summary}
+
+
+def test_a_peer_that_cannot_run_is_not_called_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[str] = []
+
+    def alternate(calls: Mapping[str, object], *_: object) -> tuple[dict[str, Times], dict]:
+        called.extend(calls)
+        return dict.fromkeys(calls, OURS), {}
+
+    monkeypatch.setattr(bench, "alternate", alternate)
+    one = case(1, eager=lambda: None, liger=bench.Missing("liger_kernel is not installed"))
+    found = bench.measure(one, timing.clock, 0, SPEEDS)
+    assert called == ["ours", "eager"]
+    assert found["peers"]["liger"] == {"missing": "liger_kernel is not installed"}
+    assert "ratio" in found["peers"]["eager"]
 
 
 def test_peers_are_called_with_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,25 +275,54 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=KERNELS, env=hidden, capture_output=True, text=True)
 
 
-def test_every_op_on_the_references(tmp_path: Path) -> None:
-    out = tmp_path / "results.json"
-    done = run("--device", "cpu", "--tokens", "16", "--out", str(out))
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """Results and what is printed of all ops over the references."""
+    out = tmp_path_factory.mktemp("bench") / "results.json"
+    done = run("--device", "cpu", "--tokens", str(T), "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads(out.read_text())
+    again = run("--table", str(out))
+    assert again.returncode == 0 and again.stdout.strip() in done.stdout
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_every_op_on_the_references(tried: tuple[dict[str, Any], str]) -> None:
+    results, printed = tried
     assert {"device", "clocks", "torch", "cuda", "nvcc", "commit"} <= results["machine"].keys()
+    assert results["machine"]["libraries"]["megatron-core"]
     assert results["speeds"].keys() == {"copy_gb_per_s", "product_tflop_per_s"}
     assert all(speed > 0 for speed in results["speeds"].values())
     ops = {path.stem for path in (KERNELS / "bench").glob("[!_]*.py")}
     assert {one["op"] for one in results["cases"]} == ops
     for one in results["cases"]:
-        assert one["tokens"] == 16 and one["num_bytes"] > 0 and one["floor_us"] > 0, one
+        assert one["tokens"] == T and one["floor_us"] > 0, one
         assert one["us"].keys() == {"median", "min", "max"}, one
         assert one["of_floor"] > 0 and one["bound"] in ("memory", "products")
-        assert one["peers"] and all("ratio" in peer for peer in one["peers"].values()), one
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+        assert one["peers"] and all("error" not in peer for peer in one["peers"].values()), one
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(results["cases"])
-    again = run("--table", str(out))
-    assert again.returncode == 0 and again.stdout.strip() in done.stdout
+
+
+def test_bytes_by_hand(tried: tuple[dict[str, Any], str]) -> None:
+    found = {one["name"]: one["num_bytes"] for one in tried[0]["cases"]}
+    # From an element of a row's own to a sector of its own, and where it is, and where it goes.
+    assert R * (4 + 8 + 4) < found.pop("gather_gates") <= R * (32 + 8 + 4)
+    assert found == NUM_BYTES
+
+
+def test_libraries_are_peers_where_they_are_installed(tried: tuple[dict[str, Any], str]) -> None:
+    results, printed = tried
+    peers = [(one["name"], *found) for one in results["cases"] for found in one["peers"].items()]
+    ran = {case for case, name, peer in peers if "megatron-core" in name and "ratio" in peer}
+    assert ran == FROM_MEGATRON
+    missing = {name: peer["missing"] for _, name, peer in peers if "missing" in peer}
+    assert {name.split()[0] for name in missing} == {
+        *("megatron-core", "transformer-engine", "liger-kernel"),
+    }
+    [told] = [line for line in printed.splitlines() if line.startswith("Peers that could not run")]
+    for name, why in missing.items():
+        assert told.count(f" {name}: {why}") == 1
+        assert f"{name} failed" not in printed
 
 
 def test_without_a_gpu_it_says_what_it_needs(tmp_path: Path) -> None:

@@ -12,6 +12,20 @@ from dsv2_kernels.testing.timing import Timer, Times, alternate, ratio
 
 
 @dataclass(frozen=True)
+class Missing:
+    """Stands for a peer that cannot run on this machine.
+
+    Attributes:
+        why: for example "liger_kernel is not installed".
+    """
+
+    why: str
+
+
+Peer = Callable[[], object] | Missing
+
+
+@dataclass(frozen=True)
 class Case:
     """One op, one direction, one shape.
 
@@ -28,11 +42,11 @@ class Case:
     shape: Mapping[str, int]
     num_bytes: int
     ours: Callable[[], object]
-    peers: Mapping[str, Callable[[], object]]
+    peers: Mapping[str, Peer]
     num_flops: int = field(default=0, kw_only=True)
 
 
-def peers(function: Callable[..., object], *inputs: object) -> dict[str, Callable[[], object]]:
+def peers(function: Callable[..., object], *inputs: object) -> dict[str, Peer]:
     """A function of torch's, called as it is and compiled."""
     return {
         "eager": partial(function, *inputs),
@@ -44,7 +58,7 @@ def measure(case: Case, timer: Timer, seconds: float, speeds: Speeds) -> dict[st
     """Time a case; its record in the results.
 
     Args:
-        case: called `ours` and by its peers' names.
+        case: called `ours` and by its peers' names, those that are here.
         timer: microseconds of one call.
         seconds: to spend; see `alternate`.
         speeds: of the device, in this run.
@@ -52,7 +66,8 @@ def measure(case: Case, timer: Timer, seconds: float, speeds: Speeds) -> dict[st
     Returns:
         What `record` gives.
     """
-    calls = {"ours": case.ours, **case.peers}
+    here = {name: peer for name, peer in case.peers.items() if not isinstance(peer, Missing)}
+    calls = {"ours": case.ours, **here}
     times, errors = alternate(calls, timer, seconds)
     return record(case, times, errors, speeds)
 
@@ -66,7 +81,7 @@ def record(
         Name, shape, bytes, FLOPs; `floor_us` and `bound`, what gives the floor; `us`, the rate
         that is, GB/s or TFLOP/s, and `of_floor`, the fraction of the measured copy or product that
         we reach; each peer's `us` and `ratio`, its time over ours. `error` stands in place of the
-        figures of what failed.
+        figures of what failed, `missing` in place of those of a peer that cannot run here.
     """
     floor_us = speeds.floor_us(case.num_bytes, case.num_flops)
     is_memory = floor_us == speeds.floor_us(case.num_bytes, 0)
@@ -87,7 +102,10 @@ def record(
         found["of_floor"] = floor_us / ours.median
         found["gb_per_s"] = case.num_bytes / ours.median / 1e3
         found["tflop_per_s"] = case.num_flops / ours.median / 1e6
-    for name in case.peers:
+    for name, peer in case.peers.items():
+        if isinstance(peer, Missing):
+            found["peers"][name] = {"missing": peer.why}
+            continue
         if name in errors:
             found["peers"][name] = {"error": errors[name]}
             continue
