@@ -7,13 +7,36 @@ run unchanged on CPU ranks over gloo.
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from megatron.core.tensor_parallel import random
-from megatron.core.transformer import multi_latent_attention
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def _fusions_as_they_are() -> Iterator[None]:
+    """`megatron.core.jit`: what is decorated for the compiler inside stays plain functions.
+
+    megatron-core does so when it is imported, which imports a compiler: a third of a rank's start.
+    A torch without CUDA calls none of these functions.
+    """
+    compiles = torch.compile
+    if torch.version.cuda is None:
+        torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiles
+
+
+def _as_it_is(function: Callable[..., object]) -> Callable[..., object]:
+    return function
+
+
+with _fusions_as_they_are():
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 
 def install() -> None:

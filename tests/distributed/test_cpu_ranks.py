@@ -1,6 +1,8 @@
 """Every answer of cpu_ranks is needed (megatron-core fails with all others) and enough."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
@@ -119,6 +121,15 @@ def untouched() -> None:
 
 def test_nothing_is_replaced_where_cuda_is() -> None:
     in_another_process(pretend_cuda, cpu_ranks.install, untouched, router_gating)
+
+
+def test_a_rank_without_cuda_starts_without_a_compiler() -> None:
+    seen = "'torch._inductor.compile_fx' in sys.modules, torch.compile.__module__"
+    code = f"import sys, torch, dsv2_train.cli.train; print({seen})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert done.stdout == f"{torch.version.cuda is not None} torch\n"
 
 
 def in_another_process(*functions: Callable[[], None]) -> None:
