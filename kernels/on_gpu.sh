@@ -6,6 +6,7 @@
 # OUT      where results go: summary.json, log.txt, kernels.json, layers.json, train_*.jsonl   (build/on_gpu)
 # PYTHON   one that has torch and what the trainer imports                        (.venv/bin/python, or python3)
 # LIMIT_S  seconds that a part may take                                           (240)
+# TOTAL_S  seconds that all parts may take; those that it leaves no time are told   (540)
 # STEPS    of each short training                                                 (20)
 # TOKENS   numbers of tokens at which kernels are timed                           (4096 16384)
 # DEVICE   cpu tries this script where no GPU is                                  (cuda)
@@ -29,7 +30,14 @@ part() { # name, command and its arguments
   local name="$1" start_s="$SECONDS" status=0
   shift
   echo "== $name" | tee -a "$OUT/log.txt"
-  timeout --kill-after=10 "${LIMIT_S:-240}" "$@" 2>&1 | tee -a "$OUT/log.txt" || status="${PIPESTATUS[0]}"
+  local limit_s="${LIMIT_S:-240}" left_s="$((${TOTAL_S:-540} - SECONDS))"
+  ((limit_s < left_s)) || limit_s="$left_s"
+  if ((limit_s > 0)); then
+    timeout --kill-after=10 "$limit_s" "$@" 2>&1 | tee -a "$OUT/log.txt" || status="${PIPESTATUS[0]}"
+  else
+    status=124
+    echo "not run: no time is left" | tee -a "$OUT/log.txt"
+  fi
   ((status == 0)) || failed=1
   parts+=("{\"part\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - start_s))}")
   local IFS=,

@@ -27,7 +27,7 @@ exec "$@"
 
 
 def run(
-    folder: Path, fails_at: str, sleeps_at: str, **more: str
+    folder: Path, fails_at: str, sleeps_at: str, total_s: int = 100, **more: str
 ) -> tuple[int, dict[str, int], str, str]:
     """Exit status, status by part, how Python was called, the log."""
     programs = folder / "bin"
@@ -48,6 +48,7 @@ def run(
             "FAILS_AT": fails_at,
             "SLEEPS_AT": sleeps_at,
             "LIMIT_S": "2",
+            "TOTAL_S": str(total_s),
         },
         capture_output=True,
         text=True,
@@ -93,6 +94,14 @@ def test_a_part_that_fails_leaves_the_others(tmp_path: Path, failing: str, part:
 def test_a_part_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     status, parts, _, _ = run(tmp_path, "nothing", "benchmarks")
     assert status == 1 and parts["bench layers"] == 124 and parts["train torch"] == 0
+
+
+def test_parts_that_are_left_no_time_are_told(tmp_path: Path) -> None:
+    status, parts, _, log = run(tmp_path, "nothing", "-m pytest", total_s=1)
+    parts.pop("corpus", None)
+    assert status == 1 and parts.keys() == set(PARTS)
+    assert parts["tests"] == parts["bench kernels"] == parts["train kernels"] == 124
+    assert log.count("not run: no time is left") >= 4
 
 
 @pytest.mark.parametrize(("failing", "status"), [("nothing", 0), ("kernels/tests", 7)])
