@@ -12,12 +12,13 @@ _WORK = {
     "attention": r"flash|fmha|sdpa|attention|attn",
     "experts' products": r"group",
     "other products": r"gemm|gemv|cutlass|cublas|nvjet|matmul|::(add|b|baddb)?mm_?$|linear",
-    "our kernels": r"^(void )?\(anonymous namespace\)::",
     "routing, sorting": r"softmax|topk|sort|scan|cumsum|histogram|bincount|nonzero",
     "norms": r"norm",
     "copies, gathers": r"copy|memcpy|memset|index|gather|scatter|cat\b|catarray|fill|zero_",
     "element-wise, sums": r"elementwise|reduce|triton|::(mul|add|silu|sum|sub|div|neg)",
 }
+# Our kernels are in a namespace of their op.
+_OURS = re.compile(r"^(void )?dsv2::(\w+)::")
 _MOST_NAMES = 25
 
 
@@ -60,7 +61,10 @@ def _longest(spent: dict[str, float]) -> dict[str, float]:
 
 
 def work_of(name: str) -> str:
-    """The kind of work that a kernel or an op does, judged by its name."""
+    """The kind of work that a kernel or an op does, judged by its name; of ours, the op."""
+    ours = _OURS.match(name)
+    if ours:
+        return f"our {ours[2]}"
     for work, pattern in _WORK.items():
         if re.search(pattern, name, re.IGNORECASE):
             return work

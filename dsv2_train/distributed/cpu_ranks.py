@@ -2,11 +2,13 @@
 
 Every answer is one function that names the megatron-core symbols it serves. With all of them
 installed, the process groups, the all-to-all dispatcher and DistributedDataParallel
-run unchanged on CPU ranks over gloo.
+run unchanged on CPU ranks over gloo. Importing this module has one effect, that of
+`_imported_without_a_compiler`; everything else waits for `install`.
 """
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,14 +16,16 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def _fusions_as_they_are() -> Iterator[None]:
-    """`megatron.core.jit`: what is decorated for the compiler inside stays plain functions.
+def _imported_without_a_compiler() -> Iterator[None]:
+    """`megatron.core.jit`, which hands functions to `torch.compile` when it is imported.
 
-    megatron-core does so when it is imported, which imports a compiler: a third of a rank's start.
-    A torch without CUDA calls none of these functions.
+    That imports a compiler: a third of what a rank imports at its start. Our model calls none of
+    these functions on a CPU. Where megatron-core was imported before, nothing changes: so the
+    benchmarks compare with an unmodified one. It is for a torch that was built without CUDA, since
+    asking for a driver would keep this process from forking others that use it.
     """
     compiles = torch.compile
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and "megatron.core" not in sys.modules:
         torch.compile = _as_it_is  # type: ignore[assignment]
     try:
         yield
@@ -29,11 +33,12 @@ def _fusions_as_they_are() -> Iterator[None]:
         torch.compile = compiles
 
 
-def _as_it_is(function: Callable[..., object]) -> Callable[..., object]:
-    return function
+def _as_it_is(function: object = None, **_: object) -> object:
+    """What a decorator returns, with or without arguments."""
+    return _as_it_is if function is None else function
 
 
-with _fusions_as_they_are():
+with _imported_without_a_compiler():
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher

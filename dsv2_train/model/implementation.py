@@ -49,7 +49,7 @@ def _torch_or_te(torch_name: str) -> Resolve:
     def resolve(
         op: str, asked: str, parallel: ParallelConfig, device: torch.device
     ) -> Choice | Problem:
-        missing = why_no("te", device)
+        missing = why_no_package("te", device)
         if asked == "te" and missing:
             return _refused(op, asked, missing)
         if asked == "te":
@@ -77,7 +77,7 @@ def _dispatcher(
 ) -> Choice | Problem:
     if parallel.ep == 1 and asked == "device_dedup":
         return Choice(op, "none", "all experts of a layer are on one rank")
-    if asked == "deepep" and (missing := why_no("deepep", device)):
+    if asked == "deepep" and (missing := why_no_package("deepep", device)):
         return _refused(op, asked, missing)
     reason = "one copy of a token an expert rank" if asked == "device_dedup" else "asked for"
     return Choice(op, asked, reason)
@@ -130,7 +130,7 @@ def _refused(op: str, asked: str, why: str) -> Problem:
     return Problem(f"parallel.{op}", asked, f"not possible here: {why}")
 
 
-def why_no(package: str, device: torch.device) -> str | None:
+def why_no_package(package: str, device: torch.device) -> str | None:
     """Why a package of `PACKAGES` that needs CUDA cannot serve a device; None where it can."""
     if device.type != "cuda":
         return "no CUDA device"

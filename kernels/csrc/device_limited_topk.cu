@@ -12,7 +12,7 @@
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
-namespace {
+namespace dsv2::device_limited_topk {
 
 using Word = unsigned long long;
 
@@ -330,8 +330,6 @@ int launch_backward(const float* grad_gates, const float* affinities, const int6
                    shape));
 }
 
-}  // namespace
-
 extern "C" int device_limited_topk_forward(
     const void* logits, float* affinities, int64_t* experts, float* gates, int* expert_counts,
     int* group_visits, float* affinity_sums, float* entropy_sums, int* bad_token_counts,
@@ -352,3 +350,5 @@ extern "C" int device_limited_topk_backward(const float* grad_gates, const float
   FOR_DTYPE(dtype, launch_backward<T>(grad_gates, affinities, experts, grad_sums, grad_logits,
                                       shape, stream));
 }
+
+}  // namespace dsv2::device_limited_topk

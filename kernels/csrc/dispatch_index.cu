@@ -7,7 +7,7 @@
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
 
-namespace {
+namespace dsv2::dispatch_index {
 
 constexpr int kChunk = kWarpSize;
 constexpr int kMaxExperts = 512;
@@ -150,8 +150,6 @@ __global__ void __launch_bounds__(kMaxExperts)
   }
 }
 
-}  // namespace
-
 extern "C" int dispatch_index(const uint8_t* map, unsigned* words, int* counts, int64_t* tokens,
                               int64_t* assignments, int64_t* tokens_per_expert, int64_t* rows,
                               int64_t* row_starts, int64_t num_tokens, int64_t num_experts,
@@ -168,3 +166,5 @@ extern "C" int dispatch_index(const uint8_t* map, unsigned* words, int* counts, 
   return LAUNCH(fill, num_chunks, threads, stream, words, counts, tokens_per_expert, tokens,
                 assignments, rows, row_starts, num_tokens, int(num_experts));
 }
+
+}  // namespace dsv2::dispatch_index

@@ -7,7 +7,7 @@
 #include "common/launch.cuh"
 #include "common/vec.cuh"
 
-namespace {
+namespace dsv2::grouped_linear {
 
 constexpr int kVectors = 4;  // of a thread
 
@@ -46,10 +46,10 @@ int launch_accumulate(float* main_grad, const void* gradient, const int32_t* end
                 static_cast<const T*>(gradient), ends, size);
 }
 
-}  // namespace
-
 extern "C" int grouped_linear_accumulate(float* main_grad, const void* gradient,
                                          const int32_t* ends, int64_t num_experts, int64_t size,
                                          int64_t dtype, void* stream) {
   FOR_DTYPE(dtype, launch_accumulate<T>(main_grad, gradient, ends, num_experts, size, stream));
 }
+
+}  // namespace dsv2::grouped_linear

@@ -8,7 +8,7 @@
 #include "common/launch.cuh"
 #include "common/vec.cuh"
 
-namespace {
+namespace dsv2::mla_rope {
 
 struct Shape {
   int positions, samples, heads, nope, rope, value;
@@ -189,8 +189,6 @@ Shape shape_of(int64_t positions, int64_t samples, int64_t heads, int64_t nope, 
   return {int(positions), int(samples), int(heads), int(nope), int(rope), int(value)};
 }
 
-}  // namespace
-
 // v_heads may be null: value channels stay where they are.
 extern "C" int mla_rope_forward(const void* q, const void* kv, const void* k_rope,
                                 int64_t k_rope_position, int64_t k_rope_sample, const float* cos,
@@ -217,3 +215,5 @@ extern "C" int mla_rope_backward(const void* grad_q_heads, int64_t q_position, i
                        {v_position, v_sample, v_head}, cos, sin, grad_q, grad_kv, grad_k_rope,
                        shape_of(positions, samples, heads, nope, rope, value), stream));
 }
+
+}  // namespace dsv2::mla_rope

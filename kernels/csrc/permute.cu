@@ -9,7 +9,7 @@
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
-namespace {
+namespace dsv2::permute {
 
 // Vectors that a thread asks for before it waits for the first: of one row, or of as many rows.
 constexpr int kVectorsInFlight = 4;
@@ -202,8 +202,6 @@ int launch_backward(const void* grad_sums, const void* values, const float* gate
                 plan, static_cast<T*>(grad_values), grad_gates, int(width));
 }
 
-}  // namespace
-
 extern "C" int permute_gather_rows(const void* x, const int64_t* tokens, const int64_t* rows,
                                    const int64_t* row_starts, void* gathered, int64_t num_tokens,
                                    int64_t num_rows, int64_t row_bytes, void* stream) {
@@ -250,3 +248,5 @@ extern "C" int permute_gather_gates_backward(const float* grad_gathered,
   return LAUNCH(gather_gates_backward, ceil_div(num_tokens * kWarpSize, threads), threads, stream,
                 grad_gathered, assignments, plan, grad_gates, int(num_experts));
 }
+
+}  // namespace dsv2::permute

@@ -7,7 +7,7 @@
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
-namespace {
+namespace dsv2::swiglu_gate {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -76,8 +76,6 @@ int launch_backward(const void* grad_activation, const void* projected, const fl
                 int(width));
 }
 
-}  // namespace
-
 extern "C" int swiglu_gate_forward(const void* projected, const float* gates, void* activation,
                                    int64_t rows, int64_t width, int64_t dtype, void* stream) {
   FOR_DTYPE(dtype, launch_forward<T>(projected, gates, activation, rows, width, stream));
@@ -90,3 +88,5 @@ extern "C" int swiglu_gate_backward(const void* grad_activation, const void* pro
   FOR_DTYPE(dtype, launch_backward<T>(grad_activation, projected, gates, grad_projected,
                                       grad_gates, activation, rows, width, stream));
 }
+
+}  // namespace dsv2::swiglu_gate

@@ -18,7 +18,7 @@ from dsv2_kernels.native.workspace import zeros
 from dsv2_kernels.reference import device_limited_topk as reference
 
 # csrc/device_limited_topk.cu has the same: 16 slots a lane (FOR_SLOTS) of 32 lanes, and kMaxGroups.
-MAX_EXPERTS, _MAX_GROUPS = 512, 64
+MAX_EXPERTS, MAX_GROUPS = 512, 64
 # Lane k holds the k-th expert: 32 would fit, 16 are tested.
 MAX_TOP_K = 16
 # Entropies below 8 in units of 2^-40 add up to less than 2^63 in a 64-bit word.
@@ -133,7 +133,7 @@ def _check_forward(
     divides = num_groups >= 1 and num_experts % num_groups == 0
     supported = f"divisors of {num_experts} experts"
     arguments.require(divides, "num_groups", num_groups, supported)
-    arguments.at_most("num_groups", num_groups, _MAX_GROUPS)
+    arguments.at_most("num_groups", num_groups, MAX_GROUPS)
     limits = 1 <= num_limited <= num_groups
     arguments.require(limits, "num_limited", num_limited, f"1 to {num_groups} groups")
     reachable = num_limited * (num_experts // num_groups)

@@ -17,7 +17,7 @@ from dsv2_kernels.reference import dispatch_index as reference
 
 # csrc/dispatch_index.cu has the same numbers.
 _CHUNK = 32
-_MAX_EXPERTS = 512
+MAX_EXPERTS = 512
 
 
 class DispatchIndex(NamedTuple):
@@ -59,7 +59,7 @@ def dispatch_index(routing_map: Tensor, num_rows: int) -> DispatchIndex:
 
 def _check(arguments: Arguments, routing_map: Tensor, num_rows: int) -> None:
     arguments.tensor("routing_map", routing_map, [None, None], [torch.bool])
-    arguments.at_most("E", routing_map.size(1), _MAX_EXPERTS)
+    arguments.at_most("E", routing_map.size(1), MAX_EXPERTS)
     most = routing_map.numel()
     arguments.require(0 <= num_rows <= most, "num_rows", num_rows, f"0 to {most}")
     arguments.at_most("num_rows", num_rows, torch.iinfo(torch.int32).max)

@@ -138,7 +138,10 @@ def _check_widths(arguments: Arguments, weights: Tensor, dtype: torch.dtype) -> 
 def _check_ends(
     arguments: Arguments, ends: Tensor, weights: Tensor, num_rows: int | None = None
 ) -> None:
-    """Of so many rows; without them a kernel of ours reads the ends, and looks at them itself."""
+    """Refuse ends that descend, or where `num_rows` is given do not end with it.
+
+    On a GPU this reads them back: only in debug builds, and where no kernel of ours reads them.
+    """
     arguments.tensor("ends", ends, [weights.size(0)], [torch.int32], weights.device)
     if arguments.for_kernel and (num_rows is None or not checks_indices()):
         return

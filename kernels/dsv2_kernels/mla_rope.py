@@ -16,7 +16,7 @@ from dsv2_kernels.native.registry import register
 from dsv2_kernels.reference import mla_rope as reference
 
 # kMaxThreads of csrc/common/launch.cuh: each 16-byte vector of a rope gradient takes a thread.
-_MAX_ROPE_VECTORS = 256
+MAX_ROPE_VECTORS = 256
 
 
 def mla_rope(
@@ -118,7 +118,7 @@ def _check_widths(arguments: Arguments, q: Tensor, rope: int, value: int) -> Non
     arguments.require(value > 0, "value channels", value, "at least 1")
     arguments.vectors("nope channels", width - rope, q.dtype)
     arguments.vectors("value channels", value, q.dtype)
-    arguments.at_most("rope channels", rope, _MAX_ROPE_VECTORS * 16 // q.element_size())
+    arguments.at_most("rope channels", rope, MAX_ROPE_VECTORS * 16 // q.element_size())
 
 
 def _check_angles(

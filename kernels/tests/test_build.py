@@ -15,10 +15,10 @@ from dsv2_kernels.native.usage import Usage, parse_usage, table
 # nvcc 13.0 on a kernel of swiglu_gate.cu, and on one that holds 96 values in 64 registers.
 GOOD = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN47_GLOBAL__N__f0528f40_14_swiglu_gate_cu_6afd39728\
-backwardI6__halfEEvPKT_S4_PKfPS2_PfS7_i' for 'sm_80'
-ptxas info    : Function properties for _ZN47_GLOBAL__N__f0528f40_14_swiglu_gate_cu_6afd39728\
-backwardI6__halfEEvPKT_S4_PKfPS2_PfS7_i
+ptxas info    : Compiling entry function '_ZN4dsv211swiglu_gate8backwardI6__halfEEvPKT_S5_\
+PKfPS3_PfS8_i' for 'sm_80'
+ptxas info    : Function properties for _ZN4dsv211swiglu_gate8backwardI6__halfEEvPKT_S5_\
+PKfPS3_PfS8_i
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 59 registers, used 1 barriers, 128 bytes smem, 404 bytes cmem[0]
 ptxas info    : Compile time = 19.220 ms

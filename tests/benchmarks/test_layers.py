@@ -142,7 +142,9 @@ def test_results_have_one_machine(
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("void cutlass::device_kernel<GemmUniversal<GroupProblemShape<int>>>", "experts' products"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN", "other products"),
-        ("void (anonymous namespace)::forward<__nv_bfloat16>(__nv_bfloat16 const*)", "our kernels"),
+        ("void dsv2::mla_rope::forward<__nv_bfloat16>(__nv_bfloat16 const*)", "our mla_rope"),
+        ("dsv2::dispatch_index::mark(unsigned char const*)", "our dispatch_index"),
+        ("void (anonymous namespace)::softmax_warp_forward<float>", "routing, sorting"),
         ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<4>", "routing, sorting"),
         (
             "void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>",

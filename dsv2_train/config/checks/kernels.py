@@ -9,7 +9,8 @@ from dsv2_train.config.sections.parallel import KERNEL_SETTINGS
 # Kernels read 16 bytes at a time.
 _VECTOR_BYTES = 16
 _BYTES = {"bf16": 2, "fp32": 4}
-# Fields of the model by the settings whose kernels read rows of that width, and those with a limit.
+# Widths of rows that kernels read, with the settings that ask for these kernels. The rope key is
+# read where it lies, behind the latents.
 _WIDTHS = {
     "hidden_size": ("permute", "experts"),
     "intermediate_size": ("activation",),
@@ -19,7 +20,8 @@ _WIDTHS = {
     "qk_rope_head_dim": ("rope",),
     "v_head_dim": ("rope",),
 }
-_LIMITS = {
+# The same of sizes that have a largest one.
+LIMITS = {
     "num_routed_experts": (512, ("routing", "permute")),
     "num_device_groups": (64, ("routing",)),
     "num_experts_per_tok": (16, ("routing",)),
@@ -68,5 +70,5 @@ def _at_most(field: str, most: int, settings: Sequence[str]) -> Check:
 KERNEL_CHECKS: tuple[Check, ...] = (
     *map(_not_in_fp64, KERNEL_SETTINGS),
     *(_whole_vectors(width, settings) for width, settings in _WIDTHS.items()),
-    *(_at_most(field, most, settings) for field, (most, settings) in _LIMITS.items()),
+    *(_at_most(field, most, settings) for field, (most, settings) in LIMITS.items()),
 )

@@ -21,7 +21,7 @@ from dsv2_kernels.native.usage import Usage, parse_usage, table
 SOURCES = Path(__file__).parents[2] / "csrc"
 BUILT = Path(__file__).parent / "built"
 
-# Of a stack: what the arguments of a device's last words take.
+# Of a stack: the arguments of REQUIRE_DEVICE's printf. With more an array is in local memory.
 _PRINTF_BYTES = 32
 
 ARCHITECTURES = ("80", "90a")

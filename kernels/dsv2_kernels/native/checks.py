@@ -29,7 +29,8 @@ class Arguments:
     Attributes:
         for_kernel: the same.
         floats: supported dtypes of activations and weights.
-        wide: supported dtypes where activations of fewer bits go with float32.
+        wide: supported dtypes of what stays float32 beside activations of fewer bits, such as
+            gates, cos and sin.
     """
 
     def __init__(self, op: str, *, for_kernel: bool) -> None:

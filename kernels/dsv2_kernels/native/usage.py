@@ -78,7 +78,7 @@ def _demangle(names: list[str]) -> list[str]:
 
 
 def _short(signature: str) -> str:
-    signature = signature.replace("(anonymous namespace)::", "").removeprefix("void ")
+    signature = re.sub(r"dsv2::\w+::", "", signature).removeprefix("void ")
     depth = 0
     for place, letter in enumerate(signature):
         depth += (letter == "<") - (letter == ">")
