@@ -23,31 +23,30 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
     """Forward and backward, bf16; the backward of either plain op is the other."""
     routing_map = random_routing_map(tokens, device)
     index = dispatch_index(routing_map, TOP_K * tokens)
-    plan = index.tokens, index.rows, index.row_starts
+    plan = index.row_plan
     x = torch.randn(tokens, HIDDEN, device=device, dtype=torch.bfloat16)
     values = torch.randn(TOP_K * tokens, HIDDEN, device=device, dtype=torch.bfloat16)
     yield from _plain(x, values, plan, routing_map)
     yield _with_index(x, values, index, routing_map)
     yield from _gated(x, values, plan)
-    yield from _gates(index, plan, tokens)
+    yield from _gates(index, tokens)
 
 
-def _plain(x: Tensor, values: Tensor, plan: op.Plan, routing_map: Tensor) -> Iterator[Case]:
+def _plain(x: Tensor, values: Tensor, plan: op.RowPlan, routing_map: Tensor) -> Iterator[Case]:
     shape, num_bytes = _shape(x, values), x.nbytes + values.nbytes + _index_bytes(plan)
     yield Case(
         "gather_rows",
         shape,
         num_bytes,
-        lambda: op.gather_rows(x, *plan),
+        lambda: op.gather_rows(x, plan),
         peers(reference.gather_rows, x, *plan),
     )
-    _, rows, row_starts = plan
-    bags = {"embedding_bag": lambda: embedding_bag(rows, values, row_starts, mode="sum")}
+    bags = {"embedding_bag": lambda: embedding_bag(plan.rows, values, plan.row_starts, mode="sum")}
     yield Case(
         "sum_rows",
         shape,
         num_bytes,
-        lambda: op.sum_rows(values, *plan),
+        lambda: op.sum_rows(values, plan),
         peers(reference.sum_rows, values, None, *plan)
         | bags
         | plain_and_fused(_megatron.unpermute, values, x, routing_map),
@@ -59,8 +58,7 @@ def _with_index(x: Tensor, values: Tensor, index: DispatchIndex, routing_map: Te
     num_rows = values.size(0)
 
     def ours() -> Tensor:
-        made = dispatch_index(routing_map, num_rows)
-        return op.gather_rows(x, made.tokens, made.rows, made.row_starts)
+        return op.gather_rows(x, dispatch_index(routing_map, num_rows).row_plan)
 
     def eager() -> Tensor:
         tokens, _, _, rows, row_starts = index_reference.dispatch_index(routing_map, num_rows)
@@ -75,27 +73,27 @@ def _with_index(x: Tensor, values: Tensor, index: DispatchIndex, routing_map: Te
     )
 
 
-def _gated(x: Tensor, values: Tensor, plan: op.Plan) -> Iterator[Case]:
+def _gated(x: Tensor, values: Tensor, plan: op.RowPlan) -> Iterator[Case]:
     shape, indices = _shape(x, values), _index_bytes(plan)
     gates = torch.rand(values.size(0), device=values.device)
     yield Case(
         "sum_rows with gates",
         shape,
         x.nbytes + values.nbytes + indices + gates.nbytes,
-        lambda: op.sum_rows(values, *plan, gates),
+        lambda: op.sum_rows(values, plan, gates),
         peers(reference.sum_rows, values, gates, *plan),
     )
     yield Case(
         "sum_rows with gates backward",
         shape,
         x.nbytes + 2 * values.nbytes + indices + 2 * gates.nbytes,
-        lambda: op.sum_rows_backward(x, values, gates, *plan),
+        lambda: op.sum_rows_backward(x, values, gates, plan),
         peers(reference.sum_rows_backward, x, values, gates, *plan),
     )
 
 
-def _gates(index: DispatchIndex, plan: op.Plan, tokens: int) -> Iterator[Case]:
-    assignments = index.assignments
+def _gates(index: DispatchIndex, tokens: int) -> Iterator[Case]:
+    assignments, plan = index.assignments, index.row_plan
     gates = torch.rand(tokens, EXPERTS, device=assignments.device)
     grad = torch.rand(assignments.size(0), device=assignments.device)
     shape = {"tokens": tokens, "rows": assignments.size(0), "experts": EXPERTS}
@@ -104,14 +102,14 @@ def _gates(index: DispatchIndex, plan: op.Plan, tokens: int) -> Iterator[Case]:
         "gather_gates",
         shape,
         read + assignments.nbytes + grad.nbytes,
-        lambda: op.gather_gates(gates, assignments, *plan),
+        lambda: op.gather_gates(gates, assignments, plan),
         peers(reference.gather_gates, gates, assignments, *plan),
     )
     yield Case(
         "gather_gates backward",
         shape,
         grad.nbytes + assignments.nbytes + _index_bytes(plan) + gates.nbytes,
-        lambda: op.gather_gates_backward(grad, assignments, *plan, num_experts=EXPERTS),
+        lambda: op.gather_gates_backward(grad, assignments, plan, num_experts=EXPERTS),
         peers(reference.gather_gates_backward, grad, assignments, *plan, EXPERTS),
     )
 
@@ -120,7 +118,6 @@ def _shape(x: Tensor, values: Tensor) -> dict[str, int]:
     return {"tokens": x.size(0), "rows": values.size(0), "width": x.size(1)}
 
 
-def _index_bytes(plan: op.Plan) -> int:
+def _index_bytes(plan: op.RowPlan) -> int:
     """Of the rows of each token, and where they begin."""
-    _, rows, row_starts = plan
-    return rows.nbytes + row_starts.nbytes
+    return plan.rows.nbytes + plan.row_starts.nbytes

@@ -13,6 +13,7 @@ from torch import Tensor
 from dsv2_kernels.native.checks import Arguments
 from dsv2_kernels.native.library import launch
 from dsv2_kernels.native.registry import register
+from dsv2_kernels.native.row_plan import RowPlan
 from dsv2_kernels.reference import dispatch_index as reference
 
 # csrc/dispatch_index.cu has the same numbers.
@@ -36,6 +37,11 @@ class DispatchIndex(NamedTuple):
     tokens_per_expert: Tensor
     rows: Tensor
     row_starts: Tensor
+
+    @property
+    def row_plan(self) -> RowPlan:
+        """What `permute` moves rows by."""
+        return RowPlan(self.tokens, self.rows, self.row_starts)
 
 
 def dispatch_index(routing_map: Tensor, num_rows: int) -> DispatchIndex:

@@ -1,12 +1,12 @@
 """Rows of tokens in the order of their experts or of their receivers, and back.
 
-`plan = (tokens, rows, row_starts)`, then `rows = gather_rows(x, *plan)` and
-`x = sum_rows(rows, *plan)`, each the other's gradient; `gather_gates(gates, assignments, *plan)`.
+`plan = RowPlan(tokens, rows, row_starts)`, then `rows = gather_rows(x, plan)` and
+`x = sum_rows(rows, plan)`, each the other's gradient; `gather_gates(gates, assignments, plan)`.
 
-Deterministic: no sum is shared between blocks. On a CPU a plan or assignments that are wrong are
-refused. Where the kernels are built for debugging, or emulated, indices that are out of range are
-found, and rows that disagree with their tokens; not a row that is named twice. Their backward pass
-looks whether an assignment is of its row's token.
+Deterministic: no sum is shared between blocks. On a CPU a row plan or assignments that are wrong
+are refused. Debug builds and the emulation detect indices out of range and rows whose token differs
+from `tokens`. They do not detect a row that is listed twice. Whether an assignment belongs to its
+row's token is checked only in the backward pass of `gather_gates`.
 """
 
 # T tokens, R rows, h channels, E experts
@@ -18,23 +18,18 @@ from torch import Tensor
 
 from dsv2_kernels.native.checks import Arguments
 from dsv2_kernels.native.library import launch
-from dsv2_kernels.native.plan_checks import check_assignments, check_plan
 from dsv2_kernels.native.registry import register
+from dsv2_kernels.native.row_plan import RowPlan, check_assignments, check_row_plan
 from dsv2_kernels.reference import permute as reference
 
-# Tokens, rows and row starts.
-Plan = tuple[Tensor, Tensor, Tensor]
 
-
-def gather_rows(x: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> Tensor:
+def gather_rows(x: Tensor, plan: RowPlan) -> Tensor:
     """A copy of its token for each row.
 
     Args:
         x: [T, h] float32, bfloat16 or float16; for kernels h elements are a multiple of 16
             bytes.
-        tokens: [R] int64, the token of each row.
-        rows: [R] int64, the rows of token 0, then of token 1, and so on.
-        row_starts: [T] int64, where each token begins in `rows`.
+        plan: which row belongs to which token.
 
     Returns:
         [R, h] in the dtype of `x`.
@@ -46,25 +41,17 @@ def gather_rows(x: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> 
     Note:
         Reads a token once, whatever its rows. Saves the plan alone. No communication.
     """
-    gathered: Tensor = _gather_rows(x, tokens, rows, row_starts)
+    gathered: Tensor = _gather_rows(x, *plan)
     return gathered
 
 
-def sum_rows(
-    values: Tensor,
-    tokens: Tensor,
-    rows: Tensor,
-    row_starts: Tensor,
-    gates: Tensor | None = None,
-) -> Tensor:
+def sum_rows(values: Tensor, plan: RowPlan, gates: Tensor | None = None) -> Tensor:
     """The sum of each token's rows, times their gates where given; zero for a token without any.
 
     Args:
         values: [R, h] float32, bfloat16 or float16; for kernels h elements are a multiple of 16
             bytes.
-        tokens: [R] int64, the token of each row.
-        rows: [R] int64, the rows of token 0, then of token 1, and so on.
-        row_starts: [T] int64, where each token begins in `rows`.
+        plan: which row belongs to which token.
         gates: [R] float32; None for ones.
 
     Returns:
@@ -77,17 +64,12 @@ def sum_rows(
     Note:
         Saves `values` only with gates, for their gradient. No communication.
     """
-    sums: Tensor = _sum_rows(values, gates, tokens, rows, row_starts)
+    sums: Tensor = _sum_rows(values, gates, *plan)
     return sums
 
 
 def sum_rows_backward(
-    grad_sums: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    tokens: Tensor,
-    rows: Tensor,
-    row_starts: Tensor,
+    grad_sums: Tensor, values: Tensor, gates: Tensor, plan: RowPlan
 ) -> tuple[Tensor, Tensor]:
     """The gradient of gated sums.
 
@@ -95,30 +77,22 @@ def sum_rows_backward(
         grad_sums: [T, h].
         values: [R, h].
         gates: [R] float32.
-        tokens: [R] int64, the token of each row.
-        rows: [R] int64, the rows of token 0, then of token 1, and so on.
-        row_starts: [T] int64, where each token begins in `rows`.
+        plan: which row belongs to which token.
 
     Returns:
         Gradients of `values` [R, h] and of `gates` [R] float32.
     """
-    gradients: tuple[Tensor, Tensor] = _sum_rows_backward(
-        grad_sums, values, gates, tokens, rows, row_starts
-    )
+    gradients: tuple[Tensor, Tensor] = _sum_rows_backward(grad_sums, values, gates, *plan)
     return gradients
 
 
-def gather_gates(
-    gates: Tensor, assignments: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor
-) -> Tensor:
+def gather_gates(gates: Tensor, assignments: Tensor, plan: RowPlan) -> Tensor:
     """The gate value of each row.
 
     Args:
         gates: [T, E] float32.
         assignments: [R] int64, token * E + expert of each row; none twice.
-        tokens: [R] int64, the token of each row.
-        rows: [R] int64, the rows of token 0, then of token 1, and so on.
-        row_starts: [T] int64, where each token begins in `rows`.
+        plan: which row belongs to which token.
 
     Returns:
         [R] float32.
@@ -127,50 +101,40 @@ def gather_gates(
         TypeError, ValueError: a dtype, shape, device or, on a CPU, index that is not supported; for
             kernels also a stride.
     """
-    gathered: Tensor = _gather_gates(gates, assignments, tokens, rows, row_starts)
+    gathered: Tensor = _gather_gates(gates, assignments, *plan)
     return gathered
 
 
 def gather_gates_backward(
-    grad_gathered: Tensor,
-    assignments: Tensor,
-    tokens: Tensor,
-    rows: Tensor,
-    row_starts: Tensor,
-    *,
-    num_experts: int,
+    grad_gathered: Tensor, assignments: Tensor, plan: RowPlan, *, num_experts: int
 ) -> Tensor:
     """The gradient of the gates.
 
     Args:
         grad_gathered: [R] float32.
         assignments: [R] int64, token * E + expert of each row; none twice.
-        tokens: [R] int64, the token of each row.
-        rows: [R] int64, the rows of token 0, then of token 1, and so on.
-        row_starts: [T] int64, where each token begins in `rows`.
+        plan: which row belongs to which token.
         num_experts: E.
 
     Returns:
         [T, E] float32, zero where a token has no row.
     """
-    grad_gates: Tensor = _gather_gates_backward(
-        grad_gathered, assignments, tokens, rows, row_starts, num_experts
-    )
+    grad_gates: Tensor = _gather_gates_backward(grad_gathered, assignments, *plan, num_experts)
     return grad_gates
 
 
-def _check_gather_rows(arguments: Arguments, x: Tensor, *plan: Tensor) -> None:
+def _check_gather_rows(arguments: Arguments, x: Tensor, *indices: Tensor) -> None:
     arguments.tensor("x", x, [None, None], arguments.floats)
     arguments.vectors("width", x.size(1), x.dtype)
-    check_plan(arguments, *plan, num_tokens=x.size(0), device=x.device)
+    check_row_plan(arguments, RowPlan(*indices), num_tokens=x.size(0), device=x.device)
 
 
 def _check_sum_rows(
-    arguments: Arguments, values: Tensor, gates: Tensor | None, *plan: Tensor
+    arguments: Arguments, values: Tensor, gates: Tensor | None, *indices: Tensor
 ) -> None:
-    device = values.device
-    check_plan(arguments, *plan, num_tokens=None, device=device)
-    num_rows = plan[0].size(0)
+    plan, device = RowPlan(*indices), values.device
+    check_row_plan(arguments, plan, num_tokens=None, device=device)
+    num_rows = plan.tokens.size(0)
     arguments.tensor("values", values, [num_rows, None], arguments.floats)
     arguments.vectors("width", values.size(1), values.dtype)
     if gates is not None:
@@ -178,33 +142,36 @@ def _check_sum_rows(
 
 
 def _check_sum_rows_backward(
-    arguments: Arguments, grad_sums: Tensor, values: Tensor, gates: Tensor, *plan: Tensor
+    arguments: Arguments, grad_sums: Tensor, values: Tensor, gates: Tensor, *indices: Tensor
 ) -> None:
-    _check_sum_rows(arguments, values, gates, *plan)
-    shape = [plan[-1].size(0), values.size(1)]
+    _check_sum_rows(arguments, values, gates, *indices)
+    shape = [RowPlan(*indices).row_starts.size(0), values.size(1)]
     arguments.tensor("grad_sums", grad_sums, shape, [values.dtype], values.device)
 
 
 def _check_gather_gates(
-    arguments: Arguments, gates: Tensor, assignments: Tensor, *plan: Tensor
+    arguments: Arguments, gates: Tensor, assignments: Tensor, *indices: Tensor
 ) -> None:
+    plan = RowPlan(*indices)
     arguments.tensor("gates", gates, [None, None], arguments.wide, aligned=False)
-    check_plan(arguments, *plan, num_tokens=gates.size(0), device=gates.device)
+    check_row_plan(arguments, plan, num_tokens=gates.size(0), device=gates.device)
     check_assignments(arguments, assignments, plan, gates.size(1))
 
 
 def _check_gather_gates_backward(
     arguments: Arguments, grad_gathered: Tensor, assignments: Tensor, *rest: Any
 ) -> None:
-    *plan, num_experts = rest
-    device = grad_gathered.device
-    check_plan(arguments, *plan, num_tokens=None, device=device)
+    *indices, num_experts = rest
+    plan, device = RowPlan(*indices), grad_gathered.device
+    check_row_plan(arguments, plan, num_tokens=None, device=device)
     check_assignments(arguments, assignments, plan, num_experts)
-    arguments.tensor("grad_gathered", grad_gathered, plan[0].shape, arguments.wide, aligned=False)
+    arguments.tensor(
+        "grad_gathered", grad_gathered, plan.tokens.shape, arguments.wide, aligned=False
+    )
 
 
 def _launch_gather_rows(x: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> Tensor:
-    plan = (tokens, rows, row_starts)
+    plan = RowPlan(tokens, rows, row_starts)
     gathered = _fake_gather_rows(x, *plan)
     if gathered.numel():
         row_bytes = x.size(1) * x.element_size()
@@ -216,7 +183,7 @@ def _launch_gather_rows(x: Tensor, tokens: Tensor, rows: Tensor, row_starts: Ten
 def _launch_sum_rows(
     values: Tensor, gates: Tensor | None, tokens: Tensor, rows: Tensor, row_starts: Tensor
 ) -> Tensor:
-    plan = (tokens, rows, row_starts)
+    plan = RowPlan(tokens, rows, row_starts)
     sums = _fake_sum_rows(values, gates, *plan)
     if not values.numel():
         return sums.zero_()
@@ -233,7 +200,7 @@ def _launch_sum_rows_backward(
     rows: Tensor,
     row_starts: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    plan = (tokens, rows, row_starts)
+    plan = RowPlan(tokens, rows, row_starts)
     grads = _fake_sum_rows_backward(grad_sums, values, gates, *plan)
     if not values.numel():
         return grads[0], grads[1].zero_()
@@ -246,7 +213,7 @@ def _launch_sum_rows_backward(
 def _launch_gather_gates(
     gates: Tensor, assignments: Tensor, tokens: Tensor, rows: Tensor, row_starts: Tensor
 ) -> Tensor:
-    plan = (tokens, rows, row_starts)
+    plan = RowPlan(tokens, rows, row_starts)
     gathered = _fake_gather_gates(gates, assignments, *plan)
     if gathered.numel():
         sizes = gates.numel(), tokens.size(0)
@@ -262,7 +229,7 @@ def _launch_gather_gates_backward(
     row_starts: Tensor,
     num_experts: int,
 ) -> Tensor:
-    plan = (tokens, rows, row_starts)
+    plan = RowPlan(tokens, rows, row_starts)
     grad_gates = _fake_gather_gates_backward(grad_gathered, assignments, *plan, num_experts)
     if not tokens.size(0):
         return grad_gates.zero_()
@@ -332,8 +299,9 @@ def _save_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _gather_rows_gradient(ctx: Any, grad_gathered: Tensor) -> tuple[Tensor | None, ...]:
-    return sum_rows(grad_gathered.contiguous(), *ctx.saved_tensors), None, None, None
+def _differentiate_gather_rows(ctx: Any, grad_gathered: Tensor) -> tuple[Tensor | None, ...]:
+    plan = RowPlan(*ctx.saved_tensors)
+    return sum_rows(grad_gathered.contiguous(), plan), None, None, None
 
 
 def _save_what_gates_need(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -341,12 +309,13 @@ def _save_what_gates_need(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
     ctx.save_for_backward(None if gates is None else values, gates, *plan)
 
 
-def _sum_rows_gradient(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-    values, gates, *plan = ctx.saved_tensors
+def _differentiate_sum_rows(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+    values, gates, *indices = ctx.saved_tensors
+    plan = RowPlan(*indices)
     grad_sums = grad_sums.contiguous()
     if gates is None:
-        return gather_rows(grad_sums, *plan), None, None, None, None
-    return *sum_rows_backward(grad_sums, values, gates, *plan), None, None, None
+        return gather_rows(grad_sums, plan), None, None, None, None
+    return *sum_rows_backward(grad_sums, values, gates, plan), None, None, None
 
 
 def _save_assignments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -354,13 +323,14 @@ def _save_assignments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.save_for_backward(*inputs[1:])
 
 
-def _gather_gates_gradient(ctx: Any, grad_gathered: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_gather_gates(ctx: Any, grad_gathered: Tensor) -> tuple[Tensor | None, ...]:
+    assignments, *indices = ctx.saved_tensors
     grad_gates = gather_gates_backward(
-        grad_gathered.contiguous(), *ctx.saved_tensors, num_experts=ctx.num_experts
+        grad_gathered.contiguous(), assignments, RowPlan(*indices), num_experts=ctx.num_experts
     )
     return grad_gates, None, None, None, None
 
 
-_gather_rows.register_autograd(_gather_rows_gradient, setup_context=_save_plan)
-_sum_rows.register_autograd(_sum_rows_gradient, setup_context=_save_what_gates_need)
-_gather_gates.register_autograd(_gather_gates_gradient, setup_context=_save_assignments)
+_gather_rows.register_autograd(_differentiate_gather_rows, setup_context=_save_plan)
+_sum_rows.register_autograd(_differentiate_sum_rows, setup_context=_save_what_gates_need)
+_gather_gates.register_autograd(_differentiate_gather_gates, setup_context=_save_assignments)

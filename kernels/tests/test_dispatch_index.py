@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsv2_kernels import dispatch_index as op
 from dsv2_kernels.native.library import LaunchError, emulated
+from dsv2_kernels.permute import gather_rows, sum_rows
 from dsv2_kernels.reference import dispatch_index as reference
 
 CPU = torch.device("cpu")
@@ -87,6 +88,15 @@ def test_the_reference_is_what_a_loop_finds(routed: list[list[bool]]) -> None:
     for token, experts in enumerate(routed):
         rows = index.rows[starts[token] : starts[token + 1]].tolist()
         assert [pairs[row] for row in rows] == [(e, token) for e, on in enumerate(experts) if on]
+
+
+def test_rows_move_by_its_row_plan(device: torch.device) -> None:
+    routing_map = drawn(40, 8, 0.3, device)
+    index = op.dispatch_index(routing_map, int(routing_map.sum()))
+    x = torch.arange(40.0, device=device).unsqueeze(1).repeat(1, 4)
+    rows = gather_rows(x, index.row_plan)
+    assert torch.equal(rows, x[index.tokens])
+    assert torch.equal(sum_rows(rows, index.row_plan), x * routing_map.sum(dim=1, keepdim=True))
 
 
 def test_what_torch_asks_of_an_op(device: torch.device) -> None:

@@ -24,25 +24,23 @@ def outputs_are_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def plan_of(tokens: list[int], num_tokens: int, device: torch.device) -> op.Plan:
+def plan_of(tokens: list[int], num_tokens: int, device: torch.device) -> op.RowPlan:
     """Each row has the token that is given."""
     rows = [[r for r, each in enumerate(tokens) if each == t] for t in range(num_tokens)]
     starts = [sum(map(len, rows[:t])) for t in range(num_tokens)]
     flat = [row for each in rows for row in each]
-    one, two, three = (
-        torch.tensor(each, dtype=torch.int64, device=device) for each in (tokens, flat, starts)
-    )
-    return one, two, three
+    lists = tokens, flat, starts
+    return op.RowPlan(*(torch.tensor(each, dtype=torch.int64, device=device) for each in lists))
 
 
-def assignments_of(plan: op.Plan, num_experts: int) -> Tensor:
+def assignments_of(plan: op.RowPlan, num_experts: int) -> Tensor:
     """Experts of a token at random, none twice."""
     tokens, rows, starts = (each.tolist() for each in plan)
     assignments = torch.empty(len(tokens), dtype=torch.int64)
     for token, begin in enumerate(starts):
         mine = rows[begin : [*starts, len(rows)][token + 1]]
         assignments[mine] = token * num_experts + torch.randperm(num_experts)[: len(mine)]
-    return assignments.to(plan[0].device)
+    return assignments.to(plan.tokens.device)
 
 
 def random(
@@ -61,14 +59,14 @@ def check(
     torch.manual_seed(len(tokens) * width)
     plan = plan_of(tokens, num_tokens, device)
     x, values, gates = random(dtype, device, num_tokens, len(tokens), width)
-    assert torch.equal(op.gather_rows(x, *plan), reference.gather_rows(x, *plan)), "wrong rows"
+    assert torch.equal(op.gather_rows(x, plan), reference.gather_rows(x, *plan)), "wrong rows"
     for some in (None, gates):
         assert_as_good(
-            op.sum_rows(values, *plan, some),
+            op.sum_rows(values, plan, some),
             reference.sum_rows(values, some, *plan),
             reference.sum_rows(values.double(), None if some is None else some.double(), *plan),
         )
-    found = op.sum_rows_backward(x, values, gates, *plan)
+    found = op.sum_rows_backward(x, values, gates, plan)
     naive = reference.sum_rows_backward(x, values, gates, *plan)
     exact = reference.sum_rows_backward(x.double(), values.double(), gates.double(), *plan)
     for each in zip(found, naive, exact, strict=True):
@@ -83,7 +81,7 @@ def check_gates(
     num_experts = spare_experts + max([0, *map(tokens.count, tokens)])
     assignments = assignments_of(plan, num_experts)
     gates = torch.rand(num_tokens, num_experts, device=device, requires_grad=True)
-    found = op.gather_gates(gates, assignments, *plan)
+    found = op.gather_gates(gates, assignments, plan)
     assert torch.equal(found, reference.gather_gates(gates, assignments, *plan)), "wrong gates"
     grad = torch.randn(len(tokens), device=device)
     (grad_gates,) = torch.autograd.grad(found, gates, grad)
@@ -135,21 +133,20 @@ def test_more_rows_and_tokens_than_a_block_has_threads(device: torch.device) -> 
 def test_a_sum_is_rounded_once_and_in_the_order_of_the_rows(device: torch.device) -> None:
     values = torch.tensor([256.0, 1.0, 1.0], dtype=torch.bfloat16, device=device)
     plan = plan_of([0, 0, 0], 1, device)
-    sums = op.sum_rows(values.unsqueeze(1).expand(3, 8).contiguous(), *plan)
+    sums = op.sum_rows(values.unsqueeze(1).expand(3, 8).contiguous(), plan)
     assert sums.tolist() == [[258.0] * 8]  # 256 if each step were rounded to bf16
 
     wide = torch.tensor([2.0**24, 1.0, -(2.0**24)], device=device).unsqueeze(1).expand(3, 4)
-    tokens, _, row_starts = plan
-    order = torch.tensor([0, 2, 1], device=device)
-    assert op.sum_rows(wide.contiguous(), *plan).tolist() == [[0.0] * 4]
-    assert op.sum_rows(wide.contiguous(), tokens, order, row_starts).tolist() == [[1.0] * 4]
+    reordered = plan._replace(rows=torch.tensor([0, 2, 1], device=device))
+    assert op.sum_rows(wide.contiguous(), plan).tolist() == [[0.0] * 4]
+    assert op.sum_rows(wide.contiguous(), reordered).tolist() == [[1.0] * 4]
 
 
 def test_a_row_without_use_is_not_read(device: torch.device) -> None:
     """NaNs of other tokens stay theirs."""
     plan = plan_of([0, 1], 3, device)
     values = torch.tensor([[1.0] * 4, [float("nan")] * 4], device=device)
-    sums = op.sum_rows(values, *plan, torch.ones(2, device=device))
+    sums = op.sum_rows(values, plan, torch.ones(2, device=device))
     assert sums[0].tolist() == [1.0] * 4 and sums[1].isnan().all() and not sums[2].any()
 
 
@@ -179,10 +176,10 @@ def test_gradients_of_the_reference() -> None:
     x, values, gates = leaves
     per_token = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     assignments = assignments_of(plan, 5)
-    assert torch.autograd.gradcheck(lambda x: op.gather_rows(x, *plan), x)
-    assert torch.autograd.gradcheck(lambda v: op.sum_rows(v, *plan), values)
-    assert torch.autograd.gradcheck(lambda v, g: op.sum_rows(v, *plan, g), (values, gates))
-    assert torch.autograd.gradcheck(lambda g: op.gather_gates(g, assignments, *plan), per_token)
+    assert torch.autograd.gradcheck(lambda x: op.gather_rows(x, plan), x)
+    assert torch.autograd.gradcheck(lambda v: op.sum_rows(v, plan), values)
+    assert torch.autograd.gradcheck(lambda v, g: op.sum_rows(v, plan, g), (values, gates))
+    assert torch.autograd.gradcheck(lambda g: op.gather_gates(g, assignments, plan), per_token)
 
 
 def test_what_torch_asks_of_an_op(device: torch.device) -> None:
@@ -203,16 +200,16 @@ def test_autograd_goes_through_the_kernels(device: torch.device, gated: bool) ->
     plan = plan_of([2, 0, 2, 1], 4, device)
     x, values, gates = random(torch.float32, device, 4, 4, 8)
     leaves = [values.requires_grad_(), gates.requires_grad_()][: 1 + gated]
-    sums = op.sum_rows(leaves[0], *plan, *leaves[1:])
+    sums = op.sum_rows(leaves[0], plan, *leaves[1:])
     found = torch.autograd.grad(sums, leaves, x.t().contiguous().t())
     if gated:
-        expected = op.sum_rows_backward(x, values.detach(), gates.detach(), *plan)
+        expected = op.sum_rows_backward(x, values.detach(), gates.detach(), plan)
     else:
-        expected = (op.gather_rows(x, *plan),)
+        expected = (op.gather_rows(x, plan),)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    rows = op.gather_rows(x.requires_grad_(), *plan)
+    rows = op.gather_rows(x.requires_grad_(), plan)
     (grad,) = torch.autograd.grad(rows, x, values.detach())
-    assert torch.equal(grad, op.sum_rows(values.detach(), *plan))
+    assert torch.equal(grad, op.sum_rows(values.detach(), plan))
 
 
 LONG = "tokens has 4 rows; supported: 0 without tokens"
@@ -237,9 +234,9 @@ def test_what_is_refused(
 ) -> None:
     plan = plan_of([2, 0, 2, 1], 3, anywhere)
     _, values, gates = random(torch.bfloat16, anywhere, 3, 4, 16)
-    values, gates, *plan = change(values, gates, *plan)  # type: ignore[operator]
+    values, gates, *indices = change(values, gates, *plan)  # type: ignore[operator]
     with pytest.raises(error, match=words) as told:
-        op.sum_rows(values, *plan, gates)
+        op.sum_rows(values, op.RowPlan(*indices), gates)
     assert str(told.value).startswith("sum_rows: ")
 
 
@@ -259,7 +256,7 @@ def test_what_a_kernel_cannot_read(
     _, values, gates = random(torch.bfloat16, device, 3, 4, 16)
     values, gates = change(values, gates)  # type: ignore[operator]
     with pytest.raises(error, match=words):
-        op.sum_rows(values, *plan_of([2, 0, 2, 1], 3, device), gates)
+        op.sum_rows(values, plan_of([2, 0, 2, 1], 3, device), gates)
 
 
 @pytest.mark.parametrize("change", [change for change, *_ in UNREADABLE])
@@ -269,13 +266,13 @@ def test_plain_torch_reads_it(change: object) -> None:
     values, gates = change(*parts)  # type: ignore[operator]
     naive = reference.sum_rows(values.contiguous(), gates, *plan)
     exact = reference.sum_rows(values.double().contiguous(), gates.double(), *plan)
-    assert_as_good(op.sum_rows(values, *plan, gates), naive, exact)
+    assert_as_good(op.sum_rows(values, plan, gates), naive, exact)
 
 
 def test_a_width_that_kernels_cannot_copy(device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"^gather_rows: width has 9; supported: multiples of 8"):
         op.gather_rows(
-            torch.zeros(3, 9, dtype=torch.bfloat16, device=device), *plan_of([0], 3, device)
+            torch.zeros(3, 9, dtype=torch.bfloat16, device=device), plan_of([0], 3, device)
         )
 
 
@@ -285,13 +282,13 @@ def test_what_the_other_ops_refuse(anywhere: torch.device) -> None:
     assignments = assignments_of(plan, 5)
     per_token = torch.rand(3, 5, device=anywhere)
     with pytest.raises(ValueError, match=r"^gather_rows: row_starts has shape \[3\].*\[2\]"):
-        op.gather_rows(x[:2], *plan)
+        op.gather_rows(x[:2], plan)
     with pytest.raises(ValueError, match=r"^sum_rows_backward: grad_sums has shape \[2, 16\]"):
-        op.sum_rows_backward(x[:2], values, gates, *plan)
+        op.sum_rows_backward(x[:2], values, gates, plan)
     with pytest.raises(TypeError, match=r"^gather_gates: gates has dtype torch.bfloat16"):
-        op.gather_gates(per_token.bfloat16(), assignments, *plan)
+        op.gather_gates(per_token.bfloat16(), assignments, plan)
     with pytest.raises(ValueError, match=r"^gather_gates: assignments has shape \[3\]"):
-        op.gather_gates(per_token, assignments[:3], *plan)
+        op.gather_gates(per_token, assignments[:3], plan)
 
 
 @pytest.mark.parametrize(
@@ -307,9 +304,9 @@ def test_what_the_other_ops_refuse(anywhere: torch.device) -> None:
 def test_indices_that_are_wrong_are_found(
     emulated_library: Path, tokens: list[int], rows: list[int], starts: list[int], words: str
 ) -> None:
-    plan = [torch.tensor(each) for each in (tokens, rows, starts)]
+    plan = op.RowPlan(*map(torch.tensor, (tokens, rows, starts)))
     with library.emulated(emulated_library), pytest.raises(library.LaunchError, match=words):
-        op.gather_rows(torch.zeros(2, 4), *plan)
+        op.gather_rows(torch.zeros(2, 4), plan)
 
 
 @pytest.mark.parametrize(
@@ -328,11 +325,11 @@ def test_indices_that_are_wrong_are_found(
 def test_indices_that_are_wrong_are_found_in_plain_torch(
     tokens: list[int], rows: list[int], starts: list[int], words: str
 ) -> None:
-    plan = [torch.tensor(each) for each in (tokens, rows, starts)]
+    plan = op.RowPlan(*map(torch.tensor, (tokens, rows, starts)))
     with pytest.raises(ValueError, match=f"^gather_rows: {words}"):
-        op.gather_rows(torch.zeros(3, 4), *plan)
+        op.gather_rows(torch.zeros(3, 4), plan)
     with pytest.raises(ValueError, match=f"^sum_rows: {words}"):
-        op.sum_rows(torch.zeros(2, 4), *plan)
+        op.sum_rows(torch.zeros(2, 4), plan)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +346,7 @@ def test_assignments_that_are_wrong_are_found_in_plain_torch(
 ) -> None:
     plan, wrong = plan_of([2, 0, 2], 3, CPU), torch.tensor(assignments)
     with pytest.raises(ValueError, match=f"^gather_gates: assignments has {words}"):
-        op.gather_gates(torch.zeros(3, 2), wrong, *plan)
+        op.gather_gates(torch.zeros(3, 2), wrong, plan)
     with pytest.raises(ValueError, match=f"^gather_gates_backward: assignments has {words}"):
         torch.ops.dsv2.gather_gates_backward(torch.zeros(3), wrong, *plan, 2)
 
@@ -357,6 +354,6 @@ def test_assignments_that_are_wrong_are_found_in_plain_torch(
 def test_plain_torch_without_tokens_rows_or_experts() -> None:
     for tokens, rows in ((0, 0), (3, 0)):
         plan = plan_of([0] * rows, tokens, CPU)
-        assert op.gather_rows(torch.zeros(tokens, 4), *plan).shape == (rows, 4)
-        assert op.sum_rows(torch.zeros(rows, 4), *plan).tolist() == [[0.0] * 4] * tokens
-        assert not op.gather_gates(torch.zeros(tokens, 0), plan[0], *plan).numel()
+        assert op.gather_rows(torch.zeros(tokens, 4), plan).shape == (rows, 4)
+        assert op.sum_rows(torch.zeros(rows, 4), plan).tolist() == [[0.0] * 4] * tokens
+        assert not op.gather_gates(torch.zeros(tokens, 0), plan.tokens, plan).numel()

@@ -5,8 +5,9 @@
 
 # T tokens, E experts, R rows: one for every (token, expert) assignment
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dsv2_train.ops.kernels import TorchOrKernel
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which row belongs to whom.
+    """Which row belongs to which token and expert.
 
     Attributes:
         tokens: [R] int64, the token of each row; rows of expert 0 first, in the order of tokens.
@@ -24,7 +25,7 @@ class RowPlan:
         tokens_per_expert: [E] int64.
         rows: [R] int64, the rows of token 0, then of token 1, and so on; by expert within a token.
         row_starts: [T] int64, where each token begins in `rows`.
-        implementation: which code moves the rows.
+        moves: the code that moves rows by the plan.
     """
 
     tokens: Tensor
@@ -32,7 +33,15 @@ class RowPlan:
     tokens_per_expert: Tensor
     rows: Tensor
     row_starts: Tensor
-    implementation: TorchOrKernel = "torch"
+    moves: "RowMoves"
+
+
+class RowMoves(NamedTuple):
+    """`permute`, `unpermute` and `gather_gates` of an implementation."""
+
+    permute: Callable[[Tensor, RowPlan], Tensor]
+    unpermute: Callable[[Tensor, RowPlan], Tensor]
+    gather_gates: Callable[[Tensor, RowPlan], Tensor]
 
 
 def row_plan(
@@ -53,7 +62,7 @@ def row_plan(
         from dsv2_kernels.dispatch_index import dispatch_index
 
         known = int(routing_map.sum()) if num_rows is None else num_rows
-        return RowPlan(*dispatch_index(routing_map, known), implementation)
+        return RowPlan(*dispatch_index(routing_map, known), moves=_kernel_moves())
     num_experts = routing_map.size(1)
     experts, tokens = routing_map.t().nonzero(as_tuple=True)
     per_token = routing_map.sum(dim=1)
@@ -63,37 +72,39 @@ def row_plan(
         tokens_per_expert=routing_map.sum(dim=0),
         rows=tokens.argsort(stable=True),
         row_starts=per_token.cumsum(0) - per_token,
-        implementation=implementation,
+        moves=RowMoves(_Permute.apply, _Unpermute.apply, _pick_gates),
     )
 
 
 def permute(x: Tensor, plan: RowPlan) -> Tensor:
     """[T, h] tokens -> [R, h] rows: a copy for each assignment."""
-    if plan.implementation == "kernel":
-        from dsv2_kernels.permute import gather_rows
-
-        return gather_rows(x, plan.tokens, plan.rows, plan.row_starts)
-    rows: Tensor = _Permute.apply(x, plan)
-    return rows
+    return plan.moves.permute(x, plan)
 
 
 def unpermute(rows: Tensor, plan: RowPlan) -> Tensor:
     """[R, h] rows -> [T, h] tokens: the sum of each token's rows, by expert; zero without any."""
-    if plan.implementation == "kernel":
-        from dsv2_kernels.permute import sum_rows
-
-        return sum_rows(rows, plan.tokens, plan.rows, plan.row_starts)
-    x: Tensor = _Unpermute.apply(rows, plan)
-    return x
+    return plan.moves.unpermute(rows, plan)
 
 
 def gather_gates(gate_values: Tensor, plan: RowPlan) -> Tensor:
     """[T, E] gate values -> [R], that of each row."""
-    if plan.implementation == "kernel":
-        from dsv2_kernels import permute as kernels
+    return plan.moves.gather_gates(gate_values, plan)
 
-        indices = plan.tokens, plan.rows, plan.row_starts
-        return kernels.gather_gates(gate_values, plan.assignments, *indices)
+
+def _kernel_moves() -> RowMoves:
+    from dsv2_kernels import permute as kernels
+
+    def indices(plan: RowPlan) -> kernels.RowPlan:
+        return kernels.RowPlan(plan.tokens, plan.rows, plan.row_starts)
+
+    return RowMoves(
+        lambda x, plan: kernels.gather_rows(x, indices(plan)),
+        lambda rows, plan: kernels.sum_rows(rows, indices(plan)),
+        lambda gates, plan: kernels.gather_gates(gates, plan.assignments, indices(plan)),
+    )
+
+
+def _pick_gates(gate_values: Tensor, plan: RowPlan) -> Tensor:
     return gate_values.flatten().gather(0, plan.assignments)
 
 

@@ -1,6 +1,6 @@
 """Rows of tokens, sums of rows, and their gradients in plain torch."""
 
-# T tokens, R rows, h channels, E experts; tokens, rows, row_starts: see dsv2_kernels.permute
+# T tokens, R rows, h channels, E experts; tokens, rows, row_starts: see `RowPlan`
 
 import torch
 from torch import Tensor

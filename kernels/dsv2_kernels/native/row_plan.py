@@ -1,8 +1,8 @@
-"""Checks of the plan that says which row belongs to which token."""
+"""The row plan: which row belongs to which token; and its checks."""
 
 # T tokens, R rows, E experts
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,25 +10,32 @@ from torch import Tensor
 from dsv2_kernels.native.checks import Arguments, first
 
 
-def check_plan(
-    arguments: Arguments,
-    tokens: Tensor,
-    rows: Tensor,
-    row_starts: Tensor,
-    *,
-    num_tokens: int | None,
-    device: torch.device,
-) -> None:
-    """Refuse a plan of other shapes or dtypes, and on a CPU one whose parts disagree.
+class RowPlan(NamedTuple):
+    """Which row belongs to which token; all int64.
 
-    Args:
-        arguments: of the op.
+    Attributes:
         tokens: [R], the token of each row.
         rows: [R], the rows of token 0, then of token 1, and so on.
         row_starts: [T], where each token begins in `rows`.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    row_starts: Tensor
+
+
+def check_row_plan(
+    arguments: Arguments, plan: RowPlan, *, num_tokens: int | None, device: torch.device
+) -> None:
+    """Refuse a row plan of other shapes or dtypes, and on a CPU one whose parts disagree.
+
+    Args:
+        arguments: of the op.
+        plan: of the op.
         num_tokens: T; None where only the plan says it.
         device: of the op's other tensors.
     """
+    tokens, rows, row_starts = plan
     integers = [torch.int64]
     arguments.tensor("tokens", tokens, [None], integers, device, aligned=False)
     num_rows = tokens.size(0)
@@ -37,18 +44,18 @@ def check_plan(
     if not row_starts.size(0):
         arguments.require(not num_rows, "tokens", f"{num_rows} rows", "0 without tokens")
     if not arguments.for_kernel:
-        _check_order(arguments, tokens, rows, row_starts)
+        _check_order(arguments, plan)
 
 
 def check_assignments(
-    arguments: Arguments, assignments: Tensor, plan: Sequence[Tensor], num_experts: int
+    arguments: Arguments, assignments: Tensor, plan: RowPlan, num_experts: int
 ) -> None:
     """Refuse assignments of another shape or dtype, and on a CPU those of another token.
 
     Args:
         arguments: of the op.
         assignments: [R], token * E + expert of each row.
-        plan: tokens, rows and row starts, checked.
+        plan: of the op, checked.
         num_experts: E.
     """
     tokens, _, row_starts = plan
@@ -61,8 +68,9 @@ def check_assignments(
             arguments.refuse("assignments", found, f"token * {num_experts} + expert")
 
 
-def _check_order(arguments: Arguments, tokens: Tensor, rows: Tensor, row_starts: Tensor) -> None:
+def _check_order(arguments: Arguments, plan: RowPlan) -> None:
     """The rows of token 0, then of token 1, and so on, each once."""
+    tokens, rows, row_starts = plan
     arguments.indices("tokens", tokens, row_starts.size(0))
     arguments.indices("rows", rows, rows.size(0), once=True)
     expected = tokens.sort().values
