@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from bench import _libraries
+from bench.peers import needs
 from dsv2_kernels.native import library
-from dsv2_kernels.testing import bench, machine
+from dsv2_kernels.testing import machine
+from dsv2_kernels.testing.case import Case, measure
+from dsv2_kernels.testing.report import row, table
 from dsv2_kernels.testing.timing import first_line
 
 HERE = Path(__file__).parent
@@ -67,83 +69,27 @@ def run(
     torch.manual_seed(0)
     timer = machine.timer_of(device)
     speeds = machine.measure_speeds(device, timer, seconds)
-    facts = machine.describe(device, ROOT) | {"libraries": _libraries.versions()}
-    measure = partial(bench.measure, timer=timer, seconds=seconds, speeds=speeds)
+    facts = machine.describe(device, ROOT) | {"libraries": needs.versions()}
+    timed = partial(measure, timer=timer, seconds=seconds, speeds=speeds)
     cases: list[dict[str, Any]] = []
     for op in ops:
         for count in tokens:
             # What is compiled is compiled for this very shape, as ours is.
             torch.compiler.reset()
-            for found in _records(op, count, device, measure):
+            for found in _records(op, count, device, timed):
                 cases.append({"op": op, "tokens": count, **found})
                 sys.stderr.write(f"{row(cases[-1])}\n")
                 yield {"machine": facts, "speeds": vars(speeds), "cases": cases}
 
 
 def _records(
-    op: str, tokens: int, device: torch.device, measure: Callable[[bench.Case], dict[str, Any]]
+    op: str, tokens: int, device: torch.device, timed: Callable[[Case], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """A record a case; at last one with the error where making or timing one fails."""
     try:
-        yield from map(measure, importlib.import_module(f"bench.{op}").cases(tokens, device))
+        yield from map(timed, importlib.import_module(f"bench.{op}").cases(tokens, device))
     except Exception as error:
         yield {"name": op, "shape": {}, "error": first_line(error), "peers": {}}
-
-
-def table(results: dict[str, Any]) -> str:
-    """Results as Markdown: where and how fast that is, a row a case, peers that are not here."""
-    facts, speeds = results["machine"], results["speeds"]
-    clocks = facts["clocks"] or {}
-    told = {
-        "driver": clocks.get("driver_version"),
-        "SM clock under load, MHz": clocks.get("clocks.sm"),
-        "memory clock, MHz": clocks.get("clocks.mem"),
-        "torch": facts["torch"],
-        "CUDA": facts["cuda"],
-        "nvcc": facts["kernels_built_by_nvcc"],
-        "commit": facts["commit"],
-        **{name: version for name, version in facts["libraries"].items() if version},
-    }
-    lines = [
-        f"{facts['device']}: {', '.join(f'{name} {value}' for name, value in told.items())}. "
-        f"In this run a copy moves {speeds['copy_gb_per_s']:,.0f} GB/s, a bf16 product of 8192^3 "
-        f"reaches {speeds['product_tflop_per_s']:,.0f} TFLOP/s. Medians; L2 emptied before each.",
-        "",
-        "| op | T | us | floor | of it | rate | peers' time over ours |",
-        "|---|---:|---:|---:|---:|---:|---|",
-        *map(row, results["cases"]),
-    ]
-    if missing := _missing(results["cases"]):
-        lines += ["", f"Peers that could not run: {'; '.join(missing)}."]
-    return "\n".join(lines)
-
-
-def _missing(cases: list[dict[str, Any]]) -> list[str]:
-    """Peers that a case could not call, and why; each once."""
-    found = (
-        f"{name}: {peer['missing']}"
-        for case in cases
-        for name, peer in case["peers"].items()
-        if "missing" in peer
-    )
-    return list(dict.fromkeys(found))
-
-
-def row(case: dict[str, Any]) -> str:
-    """One case as a row of the table."""
-    peers = ", ".join(
-        f"{name} {one['ratio']['median']:.2f}x" if "ratio" in one else f"{name} failed"
-        for name, one in case["peers"].items()
-        if "missing" not in one
-    )
-    name = f"| {case['name']} | {case['tokens']} |"
-    if "error" in case:
-        return f"{name} failed: {case['error']} | | | | {peers} |"
-    rate = f"{case['tflop_per_s']:,.0f} TFLOP/s"
-    if case["bound"] == "memory":
-        rate = f"{case['gb_per_s']:,.0f} GB/s"
-    us = f"{case['us']['median']:,.1f} | {case['floor_us']:,.1f} | {case['of_floor']:.0%}"
-    return f"{name} {us} | {rate} | {peers} |"
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench import _megatron
-from bench._libraries import plain_and_fused
 from bench._sizes import EXPERTS, GROUPS, LIMIT, SCALE, TOP_K
+from bench.peers import megatron
+from bench.peers.needs import plain_and_fused
 from dsv2_kernels import device_limited_topk as op
 from dsv2_kernels.reference import device_limited_topk as reference
-from dsv2_kernels.testing.bench import Case, peers
+from dsv2_kernels.testing.case import Case, peers
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:
@@ -25,7 +25,7 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
         logits.nbytes + sum(each.nbytes for each in routed),
         lambda: _routed(logits),
         peers(reference.device_limited_topk, logits, 1, *sizes)
-        | plain_and_fused(_megatron.topk, logits, *sizes, note=" (groups by sum)"),
+        | plain_and_fused(megatron.topk, logits, *sizes, note=" (groups by sum)"),
     )
     grad_gates, grad_sums = torch.randn_like(routed.gates), torch.randn_like(routed.affinity_sums)
     inputs = (grad_gates, routed.affinities, routed.experts, grad_sums)
@@ -37,7 +37,7 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
         lambda: op.device_limited_topk_backward(*inputs, scaling_factor=SCALE, dtype=logits.dtype),
         peers(reference.device_limited_topk_backward, *inputs, SCALE, logits.dtype)
         | plain_and_fused(
-            *(_megatron.topk_backward, logits, by_expert, grad_sums[0], *sizes),
+            *(megatron.topk_backward, logits, by_expert, grad_sums[0], *sizes),
             note=" (groups by sum)",
         ),
     )

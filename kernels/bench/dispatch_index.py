@@ -7,7 +7,7 @@ import torch
 from bench._sizes import EXPERTS, TOP_K, random_routing_map
 from dsv2_kernels import dispatch_index as op
 from dsv2_kernels.reference import dispatch_index as reference
-from dsv2_kernels.testing.bench import Case
+from dsv2_kernels.testing.case import Case
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:

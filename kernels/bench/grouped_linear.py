@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from bench import _transformer_engine
 from bench._sizes import EXPERT_WIDTH, HIDDEN, LOCAL_EXPERTS, TOP_K
+from bench.peers import transformer_engine
 from dsv2_kernels import grouped_linear as op
 from dsv2_kernels.reference import grouped_linear as reference
-from dsv2_kernels.testing.bench import Case
+from dsv2_kernels.testing.case import Case
 
 TRIED_ON_CPU = 2, 64, 32
 
@@ -50,7 +50,7 @@ def _products(
         {
             "loop": lambda: reference.grouped_linear(x, weights, ends),
             "one matrix": lambda: x @ weights[0].t(),
-            "transformer-engine": _transformer_engine.grouped_linear(x, weights, ends),
+            "transformer-engine": transformer_engine.grouped_linear(x, weights, ends),
         },
         num_flops=num_flops,
     )
@@ -62,7 +62,7 @@ def _products(
         {
             "loop": lambda: reference.grouped_linear_dgrad(grad_y, weights, ends),
             "one matrix": lambda: grad_y @ weights[0],
-            "transformer-engine": _transformer_engine.grouped_linear_dgrad(grad_y, weights, ends),
+            "transformer-engine": transformer_engine.grouped_linear_dgrad(grad_y, weights, ends),
         },
         num_flops=num_flops,
     )
@@ -74,7 +74,7 @@ def _products(
         {
             "loop": lambda: reference.grouped_linear_wgrad_(main_grad, grad_y, x, ends),
             "grouped_mm, then add": lambda: main_grad.add_(grouped_mm(grad_y.t(), x, offs=ends)),
-            "transformer-engine": _transformer_engine.grouped_linear_wgrad_(
+            "transformer-engine": transformer_engine.grouped_linear_wgrad_(
                 main_grad, weights, grad_y, x, ends
             ),
         },

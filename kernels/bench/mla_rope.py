@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench import _megatron
 from bench._sizes import HEADS, LATENT, NOPE, ROPE, VALUE
+from bench.peers import megatron
 from dsv2_kernels import mla_rope as op
 from dsv2_kernels.reference import mla_rope as reference
-from dsv2_kernels.testing.bench import Case, peers
+from dsv2_kernels.testing.case import Case, peers
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:
@@ -31,7 +31,7 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
         shape,
         num_bytes,
         lambda: op.mla_rope(*parts),
-        peers(_copied, *parts) | {"megatron-core (query in place)": _megatron.mla_rope(*parts)},
+        peers(_copied, *parts) | {"megatron-core (query in place)": megatron.mla_rope(*parts)},
     )
     yield Case(
         "mla_rope forward, values left alone",
@@ -46,7 +46,7 @@ def cases(tokens: int, device: torch.device) -> Iterator[Case]:
         num_bytes,
         lambda: op.mla_rope_backward(*grads, *parts[3:]),
         peers(reference.mla_rope_backward, *grads, *parts[3:])
-        | {"megatron-core (query in place)": _megatron.mla_rope_backward(*grads, *parts[3:])},
+        | {"megatron-core (query in place)": megatron.mla_rope_backward(*grads, *parts[3:])},
     )
 
 

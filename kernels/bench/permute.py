@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from bench import _megatron
-from bench._libraries import plain_and_fused
 from bench._sizes import EXPERTS, HIDDEN, TOP_K, random_routing_map
+from bench.peers import megatron
+from bench.peers.needs import plain_and_fused
 from dsv2_kernels import permute as op
 from dsv2_kernels.dispatch_index import DispatchIndex, dispatch_index
 from dsv2_kernels.reference import dispatch_index as index_reference
 from dsv2_kernels.reference import permute as reference
-from dsv2_kernels.testing.bench import Case, peers
+from dsv2_kernels.testing.case import Case, peers
 
 # What a GPU's memory moves at least: gates of a token that share a sector are read with it.
 SECTOR_BYTES = 32
@@ -49,7 +49,7 @@ def _plain(x: Tensor, values: Tensor, plan: op.RowPlan, routing_map: Tensor) -> 
         lambda: op.sum_rows(values, plan),
         peers(reference.sum_rows, values, None, *plan)
         | bags
-        | plain_and_fused(_megatron.unpermute, values, x, routing_map),
+        | plain_and_fused(megatron.unpermute, values, x, routing_map),
     )
 
 
@@ -69,7 +69,7 @@ def _with_index(x: Tensor, values: Tensor, index: DispatchIndex, routing_map: Te
         _shape(x, values),
         routing_map.nbytes + sum(each.nbytes for each in index) + x.nbytes + values.nbytes,
         ours,
-        {"eager": eager, **plain_and_fused(_megatron.permute, x, routing_map, num_rows)},
+        {"eager": eager, **plain_and_fused(megatron.permute, x, routing_map, num_rows)},
     )
 
 

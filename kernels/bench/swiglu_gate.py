@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench import _liger, _megatron
 from bench._sizes import EXPERT_WIDTH, SHARED_EXPERTS, TOP_K
+from bench.peers import liger, megatron
 from dsv2_kernels import swiglu_gate as op
 from dsv2_kernels.reference import swiglu_gate as reference
-from dsv2_kernels.testing.bench import Case, peers
+from dsv2_kernels.testing.case import Case, peers
 
 
 def cases(tokens: int, device: torch.device) -> Iterator[Case]:
@@ -29,7 +29,7 @@ def _routed(tokens: int, device: torch.device) -> Iterator[Case]:
         projected.nbytes + grad.nbytes + gates.nbytes,
         lambda: op.swiglu_gate(projected, gates),
         peers(reference.swiglu_gate, projected, gates)
-        | {"megatron-core": _megatron.swiglu(projected, gates)},
+        | {"megatron-core": megatron.swiglu(projected, gates)},
     )
     yield Case(
         "swiglu_gate backward",
@@ -37,7 +37,7 @@ def _routed(tokens: int, device: torch.device) -> Iterator[Case]:
         2 * (projected.nbytes + grad.nbytes + gates.nbytes),
         lambda: op.swiglu_gate_backward(grad, projected, gates),
         peers(reference.swiglu_gate_backward, grad, projected, gates)
-        | {"megatron-core": _megatron.swiglu_backward(grad, projected, gates)},
+        | {"megatron-core": megatron.swiglu_backward(grad, projected, gates)},
     )
 
 
@@ -52,8 +52,8 @@ def _shared(tokens: int, device: torch.device) -> Iterator[Case]:
         lambda: op.swiglu_gate(projected),
         peers(reference.swiglu_gate, projected, None)
         | {
-            "megatron-core": _megatron.swiglu(projected, None),
-            "liger-kernel": _liger.swiglu(projected),
+            "megatron-core": megatron.swiglu(projected, None),
+            "liger-kernel": liger.swiglu(projected),
         },
     )
     yield Case(
@@ -63,8 +63,8 @@ def _shared(tokens: int, device: torch.device) -> Iterator[Case]:
         lambda: op.swiglu_gate_backward(grad, projected),
         peers(reference.swiglu_gate_backward, grad, projected, None)
         | {
-            "megatron-core": _megatron.swiglu_backward(grad, projected, None),
-            "liger-kernel": _liger.swiglu_backward(grad, projected),
+            "megatron-core": megatron.swiglu_backward(grad, projected, None),
+            "liger-kernel": liger.swiglu_backward(grad, projected),
         },
     )
 

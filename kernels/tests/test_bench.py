@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsv2_kernels.testing import bench, machine, timing
+from dsv2_kernels.testing import case as cases
+from dsv2_kernels.testing import machine, timing
 from dsv2_kernels.testing.machine import Speeds
 from dsv2_kernels.testing.timing import Times
 
@@ -74,13 +75,13 @@ FROM_MEGATRON = {
 }
 
 
-def case(num_bytes: int, num_flops: int = 0, **peers: bench.Peer) -> bench.Case:
-    return bench.Case("op", {"rows": 3}, num_bytes, lambda: None, peers, num_flops=num_flops)
+def case(num_bytes: int, num_flops: int = 0, **peers: cases.Peer) -> cases.Case:
+    return cases.Case("op", {"rows": 3}, num_bytes, lambda: None, peers, num_flops=num_flops)
 
 
-def record(one: bench.Case, **errors: str) -> dict[str, Any]:
+def record(one: cases.Case, **errors: str) -> dict[str, Any]:
     times = {name: us for name, us in (("ours", OURS), ("eager", EAGER)) if name not in errors}
-    return bench.record(one, times, errors, SPEEDS)
+    return cases.record(one, times, errors, SPEEDS)
 
 
 def test_the_floor_is_of_what_takes_longer() -> None:
@@ -119,9 +120,9 @@ def test_a_peer_that_cannot_run_is_not_called_and_says_why(
         called.extend(calls)
         return dict.fromkeys(calls, OURS), {}
 
-    monkeypatch.setattr(bench, "alternate", alternate)
-    one = case(1, eager=lambda: None, liger=bench.Missing("liger_kernel is not installed"))
-    found = bench.measure(one, timing.clock, 0, SPEEDS)
+    monkeypatch.setattr(cases, "alternate", alternate)
+    one = case(1, eager=lambda: None, liger=cases.Missing("liger_kernel is not installed"))
+    found = cases.measure(one, timing.clock, 0, SPEEDS)
     assert called == ["ours", "eager"]
     assert found["peers"]["liger"] == {"missing": "liger_kernel is not installed"}
     assert "ratio" in found["peers"]["eager"]
@@ -129,7 +130,7 @@ def test_a_peer_that_cannot_run_is_not_called_and_says_why(
 
 def test_peers_are_called_with_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: lambda *inputs: 100 + function(*inputs))
-    peers = bench.peers(lambda a, b: a - b, 3, 5)
+    peers = cases.peers(lambda a, b: a - b, 3, 5)
     assert {name: call() for name, call in peers.items()} == {"eager": -2, "compiled": 98}
 
 
@@ -253,7 +254,7 @@ def test_an_op_that_fails_leaves_the_others(tmp_path: Path) -> None:
         path.unlink()
     (folder / "a.py").write_text("def cases(tokens, device): raise MemoryError('too little')\n")
     (folder / "b.py").write_text(
-        "from dsv2_kernels.testing.bench import Case\n"
+        "from dsv2_kernels.testing.case import Case\n"
         "def cases(tokens, device):\n"
         "    yield Case('b', {}, 8, lambda: None, {'broken': lambda: 1 / 0})\n"
     )

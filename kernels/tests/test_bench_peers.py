@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv2_kernels.reference import grouped_linear as reference
 from dsv2_kernels.testing import numeric
-from dsv2_kernels.testing.bench import Case, Missing
+from dsv2_kernels.testing.case import Case, Missing
 
 KERNELS = Path(__file__).parents[1]
 OPS = sorted(path.stem for path in (KERNELS / "bench").glob("[!_]*.py"))
@@ -114,7 +114,7 @@ def test_a_library_adds_to_main_grad_what_ours_does(device: torch.device) -> Non
         torch.randn(*shape, device=device).bfloat16() for shape in ((2, 64, 32), (16, 64), (16, 32))
     )
     ours, theirs = torch.ones(2, *weights.shape, device=device)
-    module = importlib.import_module("bench._transformer_engine")
+    module = importlib.import_module("bench.peers.transformer_engine")
     peer = module.grouped_linear_wgrad_(theirs, weights, grad_y, x, ends)
     if isinstance(peer, Missing):
         assert device.type == "cpu" or "is not installed" in peer.why
@@ -126,7 +126,7 @@ def test_a_library_adds_to_main_grad_what_ours_does(device: torch.device) -> Non
 
 
 def test_why_a_peer_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    libraries = importlib.import_module("bench._libraries")
+    libraries = importlib.import_module("bench.peers.needs")
     x = torch.ones(2)
 
     def double(x: Tensor, *, fused: bool = False) -> Any:

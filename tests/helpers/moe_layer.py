@@ -75,7 +75,7 @@ def layer_on_rank(rank: int, config: RunConfig, case: Case) -> Result:
     dtype = next(layer.parameters()).dtype
     mine = hidden[ours].to(dtype).transpose(0, 1).contiguous().requires_grad_()
     layer.exempt = torch.tensor((case.exempt or (False,) * case.num_sequences)[ours])
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / groups.ep.size())  # as schedules do
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1) / groups.ep.size()
     output, _ = layer(mine)
     output.backward(gradient[ours].to(dtype).transpose(0, 1))
     for name, parameter in layer.named_parameters():

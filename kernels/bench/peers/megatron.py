@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad as gradients
 
-from bench._libraries import Call, needs
+from bench.peers.needs import Call, needs
 
 NAME = "megatron.core"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dsv2_kernels.testing.bench import Missing, Peer
+from dsv2_kernels.testing.case import Missing, Peer
 
 Call = Callable[[], object]
 DISTRIBUTIONS = "megatron-core", "transformer-engine", "liger-kernel", "triton"
@@ -44,7 +44,7 @@ def plain_and_fused(peer: Callable[..., Peer], *inputs: object, note: str = "") 
     """megatron-core's function as it is, and with transformer-engine's kernel instead.
 
     Args:
-        peer: of `_megatron`; takes the inputs and `fused`.
+        peer: of `megatron`; takes the inputs and `fused`.
         *inputs: of the case.
         note: to be told behind the library's name.
     """

@@ -5,7 +5,7 @@
 from torch import Tensor
 from torch.autograd import grad as gradients
 
-from bench._libraries import Call, needs
+from bench.peers.needs import Call, needs
 
 NAME = "liger_kernel"
 

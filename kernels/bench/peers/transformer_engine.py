@@ -1,7 +1,7 @@
 """Peers from transformer-engine, read in 2.9 and 2.11: its GroupedLinear over the same weights.
 
 It takes the experts' numbers of rows from the host: they are read before, where a training step
-would wait for them. Its permutation and router are called through megatron-core, in `_megatron`.
+would wait for them. Its permutation and router are called through megatron-core, in `megatron`.
 """
 
 # E experts, T rows, A input and B output channels
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad as gradients
 
-from bench._libraries import Call, needs
+from bench.peers.needs import Call, needs
 
 NAME = "transformer_engine"
 

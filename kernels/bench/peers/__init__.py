@@ -1,0 +1,1 @@
+"""How other people's functions are called, to be timed beside ours."""
