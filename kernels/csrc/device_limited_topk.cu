@@ -259,7 +259,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     float grad_gate = 0.0f;
     if (lane() < shape.top_k) {
       const int64_t place = token * shape.top_k + lane();
-      CHECK_DEVICE(experts[place] >= 0 && experts[place] < shape.experts, "no such expert");
+      CHECK_DEVICE(experts[place] >= 0 && experts[place] < shape.experts,
+                   "experts has one that does not exist", experts[place]);
       selected = int(experts[place]);
       grad_gate = grad_gates[place] * shape.scale;
     }

@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(kScanThreads)
   if (column < num_experts) {
     tokens_per_expert[column] = total;
   } else {
-    REQUIRE_DEVICE(total == num_rows, "the map has another number of assignments than num_rows");
+    REQUIRE_DEVICE(total == num_rows,
+                   "routing_map has another number of assignments than num_rows", total);
   }
 }
 

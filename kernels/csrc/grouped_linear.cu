@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     accumulate(float* main_grad, const T* gradient, const int32_t* ends, int64_t size) {
   const int64_t expert = blockIdx.y;
   const int32_t begin = expert == 0 ? 0 : ends[expert - 1], end = ends[expert];
-  CHECK_DEVICE(0 <= begin && begin <= end, "ends descend");
+  CHECK_DEVICE(0 <= begin && begin <= end, "ends descend", end);
   if (begin == end) return;
   main_grad += expert * size;
   gradient += expert * size;

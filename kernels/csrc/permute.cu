@@ -25,15 +25,17 @@ struct Plan {
   // Where a token begins in `rows`; where the last one ends for the token behind it.
   __device__ __forceinline__ int64_t start(int64_t token) const {
     const int64_t place = token < num_tokens ? row_starts[token] : num_rows;
-    CHECK_DEVICE(place >= 0 && place <= num_rows, "row_starts has a place outside of rows");
-    CHECK_DEVICE(token > 0 || place == 0, "row_starts does not begin with 0");
+    CHECK_DEVICE(place >= 0 && place <= num_rows, "row_starts has a place outside of rows",
+                 place);
+    CHECK_DEVICE(token > 0 || place == 0, "row_starts does not begin with 0", place);
     return place;
   }
 
   __device__ __forceinline__ int64_t row(int64_t place, int64_t token) const {
     const int64_t row = rows[place];
-    CHECK_DEVICE(row >= 0 && row < num_rows, "rows has a row that does not exist");
-    CHECK_DEVICE(tokens[row] == token, "rows and row_starts disagree with tokens");
+    CHECK_DEVICE(row >= 0 && row < num_rows, "rows has a row that does not exist", row);
+    CHECK_DEVICE(tokens[row] == token, "rows and row_starts disagree with tokens",
+                 tokens[row]);
     return row;
   }
 
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= num_rows) return;
   CHECK_DEVICE(assignments[row] >= 0 && assignments[row] < num_gates,
-               "assignments has one that does not exist");
+               "assignments has one that does not exist", assignments[row]);
   gathered[row] = gates[assignments[row]];
 }
 
@@ -176,7 +178,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   __syncwarp();
   for (int64_t place = begin + lane(); place < end; place += kWarpSize) {
     const int64_t row = plan.row(place, token);
-    CHECK_DEVICE(assignments[row] / num_experts == token, "assignments disagrees with tokens");
+    CHECK_DEVICE(assignments[row] / num_experts == token, "assignments disagrees with tokens",
+                 assignments[row]);
     grad_gates[assignments[row]] = grad_gathered[row];
   }
 }

@@ -35,6 +35,13 @@ MISTAKES = {
         "thread",
         "data race",
     ),
+    "device_limited_topk: blocks add without atomics": Mistake(
+        "device_limited_topk.cu",
+        "atomicAdd(&totals[i], Word(rintf(sum / kUnit)))",
+        "totals[i] += Word(rintf(sum / kUnit))",
+        "thread",
+        "data race",
+    ),
     "device_limited_topk: a sixth slot that a lane has not": Mistake(
         "device_limited_topk.cu", "<= 5 * kWarpSize", "<= 6 * kWarpSize", "none", "AssertionError"
     ),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,7 +130,10 @@ def test_a_peer_that_cannot_run_is_not_called_and_says_why(
 
 
 def test_peers_are_called_with_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *inputs: 100 + function(*inputs))
+    def compiled(function: Callable[..., int], *, dynamic: bool) -> Callable[..., int]:
+        return lambda *inputs: (1000 if dynamic else 100) + function(*inputs)
+
+    monkeypatch.setattr(torch, "compile", compiled)
     peers = cases.peers(lambda a, b: a - b, 3, 5)
     assert {name: call() for name, call in peers.items()} == {"eager": -2, "compiled": 98}
 
@@ -150,15 +154,24 @@ def test_turns_alternate_and_end_with_the_time() -> None:
         return float(len(called))
 
     times, errors = timing.alternate(calls, timer, seconds=0)
-    assert "".join(called) == "aabb" + "ab"
+    assert "".join(called) == "abab" + "ab"
     assert {name: one.us for name, one in times.items()} == {"a": (5.0,), "b": (6.0,)}
     assert errors == {"c": "RuntimeError: no"}
     called.clear()
     times, _ = timing.alternate(calls, timer, seconds=1e-9)
-    assert "".join(called) == "aabb" + "abbaabbaab"
+    assert "".join(called) == "abab" + "abbaabbaab"
     assert len(times["a"].us) == 5
     times, _ = timing.alternate(calls, timer, seconds=60)
     assert len(times["a"].us) == 100
+
+
+def test_a_call_that_fails_late_takes_no_other_figure_along() -> None:
+    calls = {
+        "ours": Mock(),
+        "peer": Mock(side_effect=[None, None, None, RuntimeError("no memory")]),
+    }
+    times, errors = timing.alternate(calls, timing.clock, seconds=1e-9)
+    assert len(times["ours"].us) == 5 and errors == {"peer": "RuntimeError: no memory"}
 
 
 class Event:

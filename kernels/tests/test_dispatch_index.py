@@ -114,7 +114,7 @@ def test_another_number_of_rows_is_found_out(emulated_library: Path, more: int) 
         op.dispatch_index(routing_map, num_rows)
     with (
         emulated(emulated_library),
-        pytest.raises(LaunchError, match="another number of assignments than num_rows"),
+        pytest.raises(LaunchError, match="another number of assignments than num_rows: found"),
     ):
         op.dispatch_index(routing_map, num_rows)
 

@@ -19,21 +19,21 @@
   (kernel<<<dim3(blocks), dim3(threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
    static_cast<int>(cudaGetLastError()))
 
-// Ends the launch where a condition does not hold.
-#define REQUIRE_DEVICE(condition, what)                                                   \
-  do {                                                                                    \
-    if (!(condition)) {                                                                   \
-      printf("%s:%d: %s, in block %u, thread %u\n", __FILE__, __LINE__, what, blockIdx.x, \
-             threadIdx.x);                                                                \
-      __trap();                                                                           \
-    }                                                                                     \
+// Ends the launch where a condition does not hold, and says what was found instead.
+#define REQUIRE_DEVICE(condition, what, found)                                           \
+  do {                                                                                   \
+    if (!(condition)) {                                                                  \
+      printf("%s:%d: %s: found %lld, in block %u, thread %u\n", __FILE__, __LINE__, what, \
+             static_cast<long long>(found), blockIdx.x, threadIdx.x);                    \
+      __trap();                                                                          \
+    }                                                                                    \
   } while (false)
 
 // The same for each value read from memory; costs nothing unless debugging.
 #if defined(DSV2_DEBUG)
-#define CHECK_DEVICE(condition, what) REQUIRE_DEVICE(condition, what)
+#define CHECK_DEVICE(condition, what, found) REQUIRE_DEVICE(condition, what, found)
 #else
-#define CHECK_DEVICE(condition, what)
+#define CHECK_DEVICE(condition, what, found)
 #endif
 
 #else

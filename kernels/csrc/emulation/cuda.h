@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <type_traits>
 
@@ -47,11 +48,15 @@
 #define LAUNCH(kernel, blocks, threads, stream, ...) \
   ((void)(stream), emulation::run_grid(dim3(blocks), dim3(threads), [=] { kernel(__VA_ARGS__); }))
 
-#define REQUIRE_DEVICE(condition, what) \
-  do {                                  \
-    if (!(condition)) emulation::fail(what, EMULATION_SITE); \
+#define REQUIRE_DEVICE(condition, what, found)                                    \
+  do {                                                                            \
+    if (!(condition)) {                                                           \
+      char text[256];                                                             \
+      std::snprintf(text, sizeof text, "%s: found %lld", what, (long long)(found)); \
+      emulation::fail(text, EMULATION_SITE);                                      \
+    }                                                                             \
   } while (false)
-#define CHECK_DEVICE(condition, what) REQUIRE_DEVICE(condition, what)
+#define CHECK_DEVICE(condition, what, found) REQUIRE_DEVICE(condition, what, found)
 
 struct dim3 : emulation::Index {
   dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : emulation::Index{x_, y_, z_} {}

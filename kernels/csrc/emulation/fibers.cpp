@@ -5,6 +5,7 @@
 
 #include <ucontext.h>
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -71,6 +72,8 @@ struct Launch {
   Fiber scheduler;
   std::unique_ptr<Block> block;
   Thread* thread = nullptr;
+  std::array<void*, kMaxThreads> ended_clocks;  // of the block before
+  size_t num_ended = 0;
   bool failed = false;
 };
 
@@ -272,13 +275,22 @@ void run_block(Index index, bool backwards) {
   }
 }
 
-void end_block() {
-  for (Thread& thread : launch->block->threads) {
+// A new fiber may take the identity of one that is gone, and what either writes is then no race. So
+// the threads of a block are kept until the next one has ended.
+void forget_ended_clocks() {
 #if defined(EMULATION_THREAD)
-    __tsan_destroy_fiber(thread.fiber.clock);
+  for (size_t i = 0; i < launch->num_ended; ++i) __tsan_destroy_fiber(launch->ended_clocks[i]);
 #endif
-    (void)thread;
+  launch->num_ended = 0;
+}
+
+void end_block() {
+  forget_ended_clocks();
+#if defined(EMULATION_THREAD)
+  for (const Thread& thread : launch->block->threads) {
+    launch->ended_clocks[launch->num_ended++] = thread.fiber.clock;
   }
+#endif
   for (const auto& [key, memory] : launch->block->shared) std::free(memory);
   launch->block.reset();
 }
@@ -327,6 +339,7 @@ int run(Grid grid, void (*body)(void*), void* argument) {
     }
   }
   acquire(launch);
+  forget_ended_clocks();
 #if defined(EMULATION_THREAD)
   __tsan_destroy_fiber(undertaker);
 #endif

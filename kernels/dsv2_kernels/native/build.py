@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 BUILT = Path(__file__).parent / "built"
 
 # Of a stack: the arguments of REQUIRE_DEVICE's printf. With more an array is in local memory.
-_PRINTF_BYTES = 32
+_PRINTF_BYTES = 40
 
 ARCHITECTURES = ("80", "90a")
 SANITIZERS = {

@@ -71,10 +71,15 @@ class Arguments:
         )
         if not fits:
             self.refuse(name, f"shape {list(tensor.shape)}", f"[{', '.join(expected)}]")
-        if device is not None and tensor.device != device:
-            self.refuse(name, f"a tensor on {tensor.device}", str(device))
+        if device is not None:
+            self.device(name, tensor, device)
         if self.for_kernel:
             self._readable(name, tensor, aligned, strided)
+
+    def device(self, name: str, tensor: Tensor, device: torch.device) -> None:
+        """Refuse a tensor on another device."""
+        if tensor.device != device:
+            self.refuse(name, f"a tensor on {tensor.device}", str(device))
 
     def dtype(self, name: str, dtype: torch.dtype, supported: Sequence[torch.dtype]) -> None:
         """Refuse a dtype."""

@@ -1,8 +1,10 @@
 """Registration of an op with torch: kernel on CUDA, reference on CPU, checks before both."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.library import CustomOpDef, custom_op, infer_schema
 
 from dsv2_kernels.native import library
@@ -39,10 +41,24 @@ def register(
         check(Arguments(name, for_kernel=False), *inputs)
         return reference(*inputs)
 
+    names = list(inspect.signature(kernel).parameters)
+
+    def on_meta(*inputs: Any) -> Any:
+        # Torch sends tensors of several devices here where one of them has no data.
+        tensors = [
+            (argument, value)
+            for argument, value in zip(names, inputs, strict=False)
+            if isinstance(value, Tensor)
+        ]
+        arguments, device = Arguments(name, for_kernel=False), tensors[0][1].device
+        for argument, tensor in tensors:
+            arguments.device(argument, tensor, device)
+        return fake(*inputs)
+
     schema = infer_schema(kernel, mutates_args=mutates)
     op = custom_op(
         f"dsv2::{name}", launch, mutates_args=mutates, device_types="cuda", schema=schema
     )
     op.register_kernel("cpu")(on_cpu)
-    op.register_fake(fake)
+    op.register_fake(on_meta)
     return op

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def table(results: dict[str, Any]) -> str:
-    """Results as Markdown: where and how fast that is, a row a case, peers that are not here."""
+    """Results as Markdown: where and how fast that is, a row a case, peers without a figure."""
     facts, speeds = results["machine"], results["speeds"]
     clocks = facts["clocks"] or {}
     told = {
@@ -26,18 +26,19 @@ def table(results: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|---|",
         *map(row, results["cases"]),
     ]
-    if missing := _missing(results["cases"]):
-        lines += ["", f"Peers that could not run: {'; '.join(missing)}."]
+    if reasons := _reasons(results["cases"]):
+        lines += ["", f"Peers that could not run: {'; '.join(reasons)}."]
     return "\n".join(lines)
 
 
-def _missing(cases: list[dict[str, Any]]) -> list[str]:
-    """Peers that a case could not call, and why; each once."""
+def _reasons(cases: list[dict[str, Any]]) -> list[str]:
+    """Peers that are not there or failed, and why; each once."""
     found = (
-        f"{name}: {peer['missing']}"
+        f"{name}: {peer[reason]}"
         for case in cases
         for name, peer in case["peers"].items()
-        if "missing" in peer
+        for reason in ("missing", "error")
+        if reason in peer
     )
     return list(dict.fromkeys(found))
 

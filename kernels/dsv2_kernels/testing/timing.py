@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ Timer = Callable[[Call], float]
 # To be written before each call: long enough for the host to launch what is timed meanwhile.
 _FLUSHED_BYTES = 1 << 30
 _LEAST_REPEATS, _MOST_REPEATS = 5, 100
+_WARMING_TURNS = 2
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,25 @@ def alternate(
         Times by name; and, of those that failed, the error instead.
     """
     errors: dict[str, str] = {}
-    for name, call in calls.items():
-        try:
-            call()
-            call()
-        except Exception as error:
-            errors[name] = first_line(error)
-    working = [(name, call) for name, call in calls.items() if name not in errors]
-    found: dict[str, list[float]] = {name: [] for name, _ in working}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+
+    def turn(names: Iterable[str]) -> None:
+        for name in names:
+            gc.collect(0)
+            try:
+                found[name].append(timer(calls[name]))
+            except Exception as error:
+                errors[name] = first_line(error)
+                del found[name]
+
+    for _ in range(_WARMING_TURNS):
+        turn(list(found))
+    found = {name: [] for name in found}
     begin_s, turns = time.perf_counter(), 0
     gc.disable()
     try:
-        while working and not _enough(turns, time.perf_counter() - begin_s, seconds):
-            for name, call in reversed(working) if turns % 2 else working:
-                gc.collect(0)
-                found[name].append(timer(call))
+        while found and not _enough(turns, time.perf_counter() - begin_s, seconds):
+            turn(list(reversed(found)) if turns % 2 else list(found))
             turns += 1
     finally:
         gc.enable()
