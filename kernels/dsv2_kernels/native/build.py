@@ -21,8 +21,9 @@ from dsv2_kernels.native.usage import Usage, parse_usage, table
 SOURCES = Path(__file__).parents[2] / "csrc"
 BUILT = Path(__file__).parent / "built"
 
-# Of a stack: the arguments of REQUIRE_DEVICE's printf. With more an array is in local memory.
-_PRINTF_BYTES = 40
+# Of a stack: the arguments of REQUIRE_DEVICE's printf, and of more of them in a debug build. With
+# more an array is in local memory.
+_STACK_BYTES, _DEBUG_STACK_BYTES = 40, 160
 
 ARCHITECTURES = ("80", "90a")
 SANITIZERS = {
@@ -75,7 +76,8 @@ def build_cuda(
         usages = [usage for source, text in said.items() for usage in parse_usage(source, text)]
     except ValueError as error:
         raise BuildError(str(error)) from error
-    spilling = [each for each in usages if each.spill_bytes or each.stack_bytes > _PRINTF_BYTES]
+    most = _DEBUG_STACK_BYTES if debug else _STACK_BYTES
+    spilling = [each for each in usages if each.spill_bytes or each.stack_bytes > most]
     if spilling:
         target.unlink()
         raise BuildError(
