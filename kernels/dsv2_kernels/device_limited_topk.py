@@ -6,6 +6,7 @@
 # T = S * B tokens, token s * B + b at position s of sequence b, E experts in D groups of E / D, M
 # groups and K experts a token
 
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def device_limited_topk(
         num_groups: D, for kernels up to 64.
         num_limited: M.
         top_k: K, up to M * E / D, for kernels up to 16.
-        scaling_factor: of the gates.
+        scaling_factor: of the gates, finite.
 
     Raises:
         TypeError, ValueError: a dtype, shape or number that is not supported; for kernels also a
@@ -102,7 +103,7 @@ def device_limited_topk_backward(
         affinities: [T, E] float32.
         experts: [T, K] int64.
         grad_affinity_sums: [B, E] float32, or None.
-        scaling_factor: of the gates.
+        scaling_factor: of the gates, finite.
         dtype: of the logits.
 
     Returns:
@@ -128,8 +129,10 @@ def _check_forward(
 ) -> None:
     arguments.tensor("logits", logits, [None, None], arguments.floats)
     num_tokens, num_experts = logits.shape
-    _check_sizes(arguments, num_tokens, num_experts, num_sequences)
-    arguments.at_most("positions of a sequence", num_tokens // num_sequences, _MAX_POSITIONS)
+    _check_experts(arguments, "logits", num_experts)
+    _check_sequences(arguments, "num_sequences", num_sequences, num_tokens)
+    positions = num_tokens // num_sequences
+    arguments.at_most("logits", positions, _MAX_POSITIONS, "positions of a sequence")
     divides = num_groups >= 1 and num_experts % num_groups == 0
     supported = f"divisors of {num_experts} experts"
     arguments.require(divides, "num_groups", num_groups, supported)
@@ -139,6 +142,7 @@ def _check_forward(
     reachable = num_limited * (num_experts // num_groups)
     arguments.require(1 <= top_k <= reachable, "top_k", top_k, f"1 to {reachable}")
     arguments.at_most("top_k", top_k, MAX_TOP_K)
+    _check_factor(arguments, scaling_factor)
 
 
 def _check_backward(
@@ -152,28 +156,37 @@ def _check_backward(
 ) -> None:
     arguments.tensor("affinities", affinities, [None, None], arguments.wide)
     (num_tokens, num_experts), device = affinities.shape, affinities.device
+    _check_experts(arguments, "affinities", num_experts)
     arguments.tensor("experts", experts, [num_tokens, None], [torch.int64], device)
     top_k, dtypes = experts.size(1), [affinities.dtype]
-    arguments.require(top_k >= 1, "columns of experts", top_k, "at least 1")
-    arguments.at_most("columns of experts", top_k, MAX_TOP_K)
+    arguments.at_least_one("experts", top_k, "columns")
+    arguments.at_most("experts", top_k, MAX_TOP_K, "columns")
     arguments.indices("experts", experts, num_experts)
     arguments.tensor("grad_gates", grad_gates, [num_tokens, top_k], dtypes, device)
-    num_sequences = 1
     if grad_affinity_sums is not None:
-        shape = [None, num_experts]
-        arguments.tensor("grad_affinity_sums", grad_affinity_sums, shape, dtypes, device)
-        num_sequences = grad_affinity_sums.size(0)
-    _check_sizes(arguments, num_tokens, num_experts, num_sequences)
+        name, shape = "grad_affinity_sums", [None, num_experts]
+        arguments.tensor(name, grad_affinity_sums, shape, dtypes, device)
+        _check_sequences(arguments, name, grad_affinity_sums.size(0), num_tokens, "sequences")
+    _check_factor(arguments, scaling_factor)
     arguments.dtype("dtype", dtype, arguments.floats)
 
 
-def _check_sizes(
-    arguments: Arguments, num_tokens: int, num_experts: int, num_sequences: int
+def _check_experts(arguments: Arguments, name: str, num_experts: int) -> None:
+    arguments.at_least_one(name, num_experts, "experts")
+    arguments.at_most(name, num_experts, MAX_EXPERTS, "experts")
+
+
+def _check_sequences(
+    arguments: Arguments, name: str, num_sequences: int, num_tokens: int, what: str = ""
 ) -> None:
-    arguments.require(num_experts >= 1, "experts", num_experts, "at least 1")
-    arguments.at_most("experts", num_experts, MAX_EXPERTS)
     divides = num_sequences >= 1 and num_tokens % num_sequences == 0
-    arguments.require(divides, "num_sequences", num_sequences, f"divisors of {num_tokens} tokens")
+    found = f"{num_sequences} {what}".strip()
+    arguments.require(divides, name, found, f"divisors of {num_tokens} tokens")
+
+
+def _check_factor(arguments: Arguments, scaling_factor: float) -> None:
+    finite = isfinite(scaling_factor)
+    arguments.require(finite, "scaling_factor", scaling_factor, "finite numbers")
 
 
 def _launch_forward(

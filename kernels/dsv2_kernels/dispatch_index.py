@@ -65,7 +65,7 @@ def dispatch_index(routing_map: Tensor, num_rows: int) -> DispatchIndex:
 
 def _check(arguments: Arguments, routing_map: Tensor, num_rows: int) -> None:
     arguments.tensor("routing_map", routing_map, [None, None], [torch.bool])
-    arguments.at_most("E", routing_map.size(1), MAX_EXPERTS)
+    arguments.at_most("routing_map", routing_map.size(1), MAX_EXPERTS, "experts")
     most = routing_map.numel()
     arguments.require(0 <= num_rows <= most, "num_rows", num_rows, f"0 to {most}")
     arguments.at_most("num_rows", num_rows, torch.iinfo(torch.int32).max)

@@ -106,7 +106,7 @@ def _check_product(
     arguments: Arguments, rows: Tensor, weights: Tensor, shape: list[int | None], ends: Tensor
 ) -> None:
     arguments.tensor("weights", weights, shape, [rows.dtype], rows.device)
-    _check_widths(arguments, weights, rows.dtype)
+    _check_widths(arguments, "weights", weights, rows.dtype)
     _check_ends(arguments, ends, weights, rows.size(0))
 
 
@@ -117,7 +117,7 @@ def _check_wgrad(
     arguments.tensor("grad_y", grad_y, [x.size(0), None], [x.dtype], x.device)
     shape = [None, grad_y.size(1), x.size(1)]
     arguments.tensor("main_grad", main_grad, shape, arguments.wide, x.device)
-    _check_widths(arguments, main_grad, x.dtype)
+    _check_widths(arguments, "main_grad", main_grad, x.dtype)
     _check_ends(arguments, ends, main_grad, x.size(0))
 
 
@@ -126,13 +126,13 @@ def _check_accumulate(
 ) -> None:
     arguments.tensor("gradient", gradient, [None, None, None], arguments.floats)
     arguments.tensor("main_grad", main_grad, gradient.shape, arguments.wide, gradient.device)
-    _check_widths(arguments, main_grad, gradient.dtype)
+    _check_widths(arguments, "gradient", gradient, gradient.dtype)
     _check_ends(arguments, ends, gradient)
 
 
-def _check_widths(arguments: Arguments, weights: Tensor, dtype: torch.dtype) -> None:
-    arguments.vectors("output width", weights.size(1), dtype)
-    arguments.vectors("input width", weights.size(2), dtype)
+def _check_widths(arguments: Arguments, name: str, weights: Tensor, dtype: torch.dtype) -> None:
+    arguments.vectors(name, weights.size(1), dtype, "output channels")
+    arguments.vectors(name, weights.size(2), dtype, "input channels")
 
 
 def _check_ends(

@@ -45,7 +45,8 @@ def mla_rope(
             an address.
 
     Note:
-        Deterministic. Saves `cos` and `sin` only. No communication.
+        Deterministic. No gradient flows to `cos` and `sin`, which alone are saved. No
+        communication.
     """
     heads: tuple[Tensor, Tensor, Tensor] = _MLARope.apply(q, kv, k_rope, cos, sin, copies_v)
     return heads
@@ -87,7 +88,8 @@ def _check_forward(
     arguments.tensor("kv", kv, [*q.shape[:3], None], [q.dtype], q.device)
     arguments.tensor("k_rope", k_rope, [*q.shape[:2], None], [q.dtype], q.device, strided=True)
     rope = k_rope.size(-1)
-    _check_widths(arguments, q, rope, kv.size(-1) - q.size(-1) + rope)
+    value = kv.size(-1) - q.size(-1) + rope
+    _check_widths(arguments, ("q", "k_rope", "kv"), q, rope, value)
     _check_angles(arguments, q, rope // 2, cos, sin)
 
 
@@ -105,20 +107,28 @@ def _check_backward(
     shape_of_v = [*shape[:3], None]
     arguments.tensor("grad_v_heads", grad_v_heads, shape_of_v, dtypes, device, strided=True)
     _check_angles(arguments, grad_q_heads, None, cos, sin)
-    _check_widths(arguments, grad_q_heads, 2 * cos.size(-1), grad_v_heads.size(-1))
+    names, rope = ("grad_q_heads", "cos", "grad_v_heads"), 2 * cos.size(-1)
+    _check_widths(arguments, names, grad_q_heads, rope, grad_v_heads.size(-1))
 
 
-def _check_widths(arguments: Arguments, q: Tensor, rope: int, value: int) -> None:
+def _check_widths(
+    arguments: Arguments, names: tuple[str, str, str], q: Tensor, rope: int, value: int
+) -> None:
+    """Named are `q`, and the arguments that say how many rope and value channels there are."""
+    (of_q, of_rope, of_value), dtype = names, q.dtype
     num_positions, num_samples, num_heads, width = q.shape
-    arguments.require(num_heads > 0, "heads", num_heads, "at least 1")
-    arguments.at_most("positions times samples", num_positions * num_samples, 2**31 - 1)
-    arguments.require(0 < rope <= width, "rope channels", rope, f"1 to the head's width, {width}")
-    arguments.require(rope % 2 == 0, "rope channels", rope, "even numbers")
-    arguments.vectors("rope channels", rope, q.dtype)
-    arguments.require(value > 0, "value channels", value, "at least 1")
-    arguments.vectors("nope channels", width - rope, q.dtype)
-    arguments.vectors("value channels", value, q.dtype)
-    arguments.at_most("rope channels", rope, MAX_ROPE_VECTORS * 16 // q.element_size())
+    arguments.at_least_one(of_q, num_heads, "heads")
+    num_places = num_positions * num_samples
+    arguments.at_most(of_q, num_places, 2**31 - 1, "positions times samples")
+    found, supported = f"{rope} rope channels", f"1 to the head's width, {width}"
+    arguments.require(0 < rope <= width, of_rope, found, supported)
+    arguments.require(rope % 2 == 0, of_rope, found, "even numbers")
+    arguments.vectors(of_rope, rope, dtype, "rope channels")
+    arguments.at_least_one(of_value, value, "value channels")
+    arguments.vectors(of_q, width - rope, dtype, "nope channels")
+    arguments.vectors(of_value, value, dtype, "value channels")
+    most = MAX_ROPE_VECTORS * 16 // dtype.itemsize
+    arguments.at_most(of_rope, rope, most, "rope channels")
 
 
 def _check_angles(

@@ -90,7 +90,7 @@ def gather_gates(gates: Tensor, assignments: Tensor, plan: RowPlan) -> Tensor:
     """The gate value of each row.
 
     Args:
-        gates: [T, E] float32.
+        gates: [T, E] float32, E at least 1.
         assignments: [R] int64, token * E + expert of each row; none twice.
         plan: which row belongs to which token.
 
@@ -114,7 +114,7 @@ def gather_gates_backward(
         grad_gathered: [R] float32.
         assignments: [R] int64, token * E + expert of each row; none twice.
         plan: which row belongs to which token.
-        num_experts: E.
+        num_experts: E, at least 1.
 
     Returns:
         [T, E] float32, zero where a token has no row.
@@ -125,7 +125,7 @@ def gather_gates_backward(
 
 def _check_gather_rows(arguments: Arguments, x: Tensor, *indices: Tensor) -> None:
     arguments.tensor("x", x, [None, None], arguments.floats)
-    arguments.vectors("width", x.size(1), x.dtype)
+    arguments.vectors("x", x.size(1), x.dtype)
     check_row_plan(arguments, RowPlan(*indices), num_tokens=x.size(0), device=x.device)
 
 
@@ -136,7 +136,7 @@ def _check_sum_rows(
     check_row_plan(arguments, plan, num_tokens=None, device=device)
     num_rows = plan.tokens.size(0)
     arguments.tensor("values", values, [num_rows, None], arguments.floats)
-    arguments.vectors("width", values.size(1), values.dtype)
+    arguments.vectors("values", values.size(1), values.dtype)
     if gates is not None:
         arguments.tensor("gates", gates, [num_rows], arguments.wide, device, aligned=False)
 
@@ -154,6 +154,7 @@ def _check_gather_gates(
 ) -> None:
     plan = RowPlan(*indices)
     arguments.tensor("gates", gates, [None, None], arguments.wide, aligned=False)
+    arguments.at_least_one("gates", gates.size(1), "experts")
     check_row_plan(arguments, plan, num_tokens=gates.size(0), device=gates.device)
     check_assignments(arguments, assignments, plan, gates.size(1))
 
@@ -162,6 +163,7 @@ def _check_gather_gates_backward(
     arguments: Arguments, grad_gathered: Tensor, assignments: Tensor, *rest: Any
 ) -> None:
     *indices, num_experts = rest
+    arguments.at_least_one("num_experts", num_experts)
     plan, device = RowPlan(*indices), grad_gathered.device
     check_row_plan(arguments, plan, num_tokens=None, device=device)
     check_assignments(arguments, assignments, plan, num_experts)

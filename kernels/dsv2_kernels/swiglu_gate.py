@@ -58,8 +58,9 @@ def swiglu_gate_backward(
 
 def _check_forward(arguments: Arguments, projected: Tensor, gates: Tensor | None) -> None:
     arguments.tensor("projected", projected, [None, None], arguments.floats)
-    arguments.require(projected.size(1) % 2 == 0, "projected", projected.size(1), "even widths")
-    arguments.vectors("width", projected.size(1) // 2, projected.dtype)
+    width = projected.size(1)
+    arguments.require(width % 2 == 0, "projected", f"{width} channels", "even numbers")
+    arguments.vectors("projected", width // 2, projected.dtype, "channels in each half")
     if gates is not None:
         shape, device = [projected.size(0)], projected.device
         arguments.tensor("gates", gates, shape, arguments.wide, device, aligned=False)

@@ -1,3 +1,4 @@
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def test_autograd_goes_through_the_kernel(device: torch.device, used: str) -> No
     [
         ({"logits": torch.zeros(4, 16, dtype=torch.int32)}, TypeError, "dtype torch.int32"),
         ({"logits": torch.zeros(64)}, ValueError, r"supported: \[any, any\]"),
-        ({"logits": torch.zeros(4, 0)}, ValueError, "experts has 0"),
+        ({"logits": torch.zeros(4, 0)}, ValueError, "logits has 0 experts; supported: at least 1"),
         ({"num_sequences": 3}, ValueError, "num_sequences has 3; supported: divisors of 4 tokens"),
         ({"num_sequences": 0}, ValueError, "num_sequences has 0"),
         ({"num_groups": 3}, ValueError, "num_groups has 3; supported: divisors of 16 experts"),
@@ -284,6 +285,8 @@ def test_autograd_goes_through_the_kernel(device: torch.device, used: str) -> No
         ({"top_k": 9}, ValueError, "top_k has 9; supported: 1 to 8"),
         ({"top_k": 17, "num_groups": 1, "num_limited": 1}, ValueError, "supported: 1 to 16"),
         ({"top_k": 0}, ValueError, "top_k has 0"),
+        ({"scaling_factor": inf}, ValueError, "scaling_factor has inf; supported: finite numbers"),
+        ({"scaling_factor": nan}, ValueError, "scaling_factor has nan"),
     ],
 )
 def test_what_is_refused(
@@ -300,7 +303,7 @@ UNREADABLE = [
     (lambda x: x.double(), {}, "dtype torch.float64"),
     (lambda x: x.t().contiguous().t(), {}, "contiguous"),
     (lambda x: x.flatten()[1:-15].view(4, 16), {}, "modulo 16"),
-    (lambda x: x.repeat(1, 33), {}, "experts has 528; supported: at most 512"),
+    (lambda x: x.repeat(1, 33), {}, "logits has 528 experts; supported: at most 512"),
     (lambda x: x.repeat(1, 9)[:, :130].clone(), {"num_groups": 65}, "groups has 65; .* at most 64"),
     (lambda x: x.repeat(1, 9), {"num_limited": 4, "top_k": 17}, "top_k has 17; .* at most 16"),
 ]
@@ -313,6 +316,15 @@ def test_what_a_kernel_cannot_read(
     logits = change(torch.zeros(5, 16, device=device))  # type: ignore[operator]
     with pytest.raises((TypeError, ValueError), match=words):
         op.device_limited_topk(logits[:4], **options_of((2, 2, 4, 4, 2, 3)) | options)
+
+
+def test_a_sequence_too_long_for_a_kernel(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "launch", lambda *_: pytest.fail("launched"))
+    logits = torch.zeros(2**20 + 1, 1, dtype=torch.float16, device=device)
+    with pytest.raises(ValueError, match=r"logits has 1048577 positions .* at most 1048576"):
+        op.device_limited_topk(logits, **options_of((2**20 + 1, 1, 1, 1, 1, 1)))
 
 
 @pytest.mark.parametrize(("change", "options"), [each[:2] for each in UNREADABLE])
@@ -345,11 +357,17 @@ def inputs_backward(device: torch.device) -> list[Tensor]:
         (0, lambda x: x.double(), TypeError, "grad_gates has dtype torch.float64"),
         (0, lambda x: x[:, :2].contiguous(), ValueError, r"grad_gates has shape \[4, 2\]"),
         (1, lambda x: x.bfloat16(), TypeError, "affinities has dtype torch.bfloat16"),
+        (1, lambda x: x[:, :0].contiguous(), ValueError, "affinities has 0 experts"),
         (2, lambda x: x.int(), TypeError, "experts has dtype torch.int32"),
         (2, lambda x: x[:3].contiguous(), ValueError, r"experts has shape \[3, 3\]"),
-        (2, lambda x: x[:, :0], ValueError, "columns of experts has 0; supported: at least 1"),
+        (2, lambda x: x[:, :0], ValueError, "experts has 0 columns; supported: at least 1"),
         (3, lambda x: x[:, :8].contiguous(), ValueError, "grad_affinity_sums has shape"),
-        (3, lambda x: torch.cat([x, x[:1]]), ValueError, "divisors of 4 tokens"),
+        (
+            3,
+            lambda x: torch.cat([x, x[:1]]),
+            ValueError,
+            "grad_affinity_sums has 3 sequences; .* of 4 tok",
+        ),
     ],
 )
 def test_what_is_refused_backward(
@@ -362,6 +380,14 @@ def test_what_is_refused_backward(
     assert str(told.value).startswith("device_limited_topk_backward: ")
 
 
+@pytest.mark.parametrize("factor", [inf, nan])
+def test_a_factor_that_is_not_finite_has_no_gradient(anywhere: torch.device, factor: float) -> None:
+    with pytest.raises(ValueError, match=f"^device_limited_topk_backward: .*factor has {factor}"):
+        op.device_limited_topk_backward(
+            *inputs_backward(anywhere), scaling_factor=factor, dtype=torch.float32
+        )
+
+
 def test_logits_have_no_integers(anywhere: torch.device) -> None:
     with pytest.raises(TypeError, match=r"backward: dtype has dtype torch.int64; supported: float"):
         backward(inputs_backward(anywhere), torch.int64)
@@ -370,7 +396,7 @@ def test_logits_have_no_integers(anywhere: torch.device) -> None:
 @pytest.mark.parametrize(
     ("place", "change", "words"),
     [
-        (2, lambda x: x.repeat(1, 6), "columns of experts has 18; supported: at most 16"),
+        (2, lambda x: x.repeat(1, 6), "experts has 18 columns; supported: at most 16"),
         (3, lambda x: x.t().contiguous().t(), "grad_affinity_sums has strides"),
     ],
 )

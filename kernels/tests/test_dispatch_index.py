@@ -140,7 +140,7 @@ def test_what_is_refused(
 UNREADABLE = [
     (lambda x: x.t(), "contiguous"),
     (lambda x: x.flatten()[1:-15].view(3, 16), "modulo 16"),
-    (lambda x: x[:1].repeat(1, 33), "E has 528; supported: at most 512"),
+    (lambda x: x[:1].repeat(1, 33), "routing_map has 528 experts; supported: at most 512"),
 ]
 
 

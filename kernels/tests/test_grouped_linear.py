@@ -230,7 +230,7 @@ def test_what_is_refused(
 
 UNREADABLE = [
     ("", "x", lambda x: x.t().contiguous().t(), "x has strides"),
-    ("", "weights", lambda w: w[:, :5].contiguous(), "width has 5; .* of 8"),
+    ("", "weights", lambda w: w[:, :5].contiguous(), "weights has 5 output channels; .* of 8"),
     ("", "weights", lambda w: w.mT.contiguous().mT, "weights has strides"),
     ("_dgrad", "grad_y", lambda g: g.t().contiguous().t(), "grad_y has strides"),
     ("_wgrad_", "main_grad", lambda m: m.mT.contiguous().mT, "main_grad has strides"),

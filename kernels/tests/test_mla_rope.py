@@ -196,19 +196,19 @@ def test_equal_partsgive_equal_bits(device: torch.device) -> None:
         (
             lambda q, kv, k, c, s: (q, kv[..., :4].clone(), k, c, s),
             ValueError,
-            "value channels has -4",
+            "kv has -4 value channels; supported: at least 1",
         ),
         (
             lambda q, kv, k, c, s: (q, kv, k[..., :0].clone(), c, s),
             ValueError,
-            "rope channels has 0",
+            "k_rope has 0 rope channels; supported: 1 to the head's width, 24",
         ),
         (
             lambda q, kv, k, c, s: (q, kv[..., :8].contiguous(), k, c, s),
             ValueError,
-            "value channels has 0",
+            "kv has 0 value channels",
         ),
-        (lambda q, kv, k, c, s: (q[:, :, :0], kv[:, :, :0], k, c, s), ValueError, "heads has 0"),
+        (lambda q, kv, k, c, s: (q[:, :, :0], kv[:, :, :0], k, c, s), ValueError, "q has 0 heads"),
     ],
 )
 def test_what_is_refused(
@@ -228,6 +228,8 @@ def test_what_is_refused(
         (lambda q, k, v, c: (q, k, v[:2], c), ValueError, "grad_v_heads has shape"),
         (lambda q, k, v, c: (q, k, v, c[0, 0]), ValueError, r"cos has shape \[\]; .*\[3, any\]"),
         (lambda q, k, v, c: (q, k, v, c[:, :4].clone()), ValueError, r"sin has .*: \[3, 4\]"),
+        (lambda q, k, v, c: (q, k, v[..., :0], c), ValueError, "grad_v_heads has 0 value channels"),
+        (lambda q, k, v, c: (q[..., :8], k[..., :8], v, c), ValueError, "cos has 16 rope channels"),
     ],
 )
 def test_what_the_gradient_refuses(
@@ -247,7 +249,23 @@ UNREADABLE = [
     (lambda q, kv, k, c, s: (q, kv, pad(k, (1, 7))[..., 1:-7], c, s), "modulo 16"),
     (
         lambda q, kv, k, c, s: (q[..., :12].clone(), kv, k[..., :4], c[:, :2], s[:, :2]),
-        "rope channels has 4; supported: multiples of 8",
+        "k_rope has 4 rope channels; supported: multiples of 8",
+    ),
+    (
+        lambda q, kv, k, c, s: (q[..., 4:].clone(), kv[..., 4:].clone(), k, c, s),
+        "q has 4 nope channels; supported: multiples of 8",
+    ),
+    (
+        lambda q, kv, k, c, s: (q, kv[..., :12].clone(), k, c, s),
+        "kv has 4 value channels; supported: multiples of 8",
+    ),
+    (
+        lambda q, kv, k, c, s: (
+            q.repeat(1, 1, 1, 86),
+            kv,
+            *(each.repeat(*[1] * (each.dim() - 1), 129) for each in (k, c, s)),
+        ),
+        "k_rope has 2064 rope channels; supported: at most 2048",
     ),
 ]
 
@@ -270,7 +288,7 @@ def test_plain_torch_reads_it(change: object) -> None:
 
 def test_an_odd_number_of_channels_does_not_rotate() -> None:
     q, kv, k_rope, *turns = inputs((3, 2, 2, 8, 16, 8), torch.bfloat16, CPU)
-    with pytest.raises(ValueError, match=r"^mla_rope: rope channels has 7; supported: even"):
+    with pytest.raises(ValueError, match=r"^mla_rope: k_rope has 7 rope channels; supported: even"):
         op.mla_rope(q, kv, k_rope[..., :7], *turns)
 
 

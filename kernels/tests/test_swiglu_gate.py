@@ -9,6 +9,8 @@ from dsv2_kernels.native.library import DTYPES
 from dsv2_kernels.reference import swiglu_gate as reference
 from dsv2_kernels.testing.numeric import assert_as_good
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -57,6 +59,10 @@ def test_as_good_as_plain_torch(
     check(rows, vectors * 16 // dtype.itemsize, dtype, gated, device)
 
 
+def test_no_channels(device: torch.device) -> None:
+    check(3, 0, torch.bfloat16, True, device)
+
+
 def test_more_columns_than_threads(device: torch.device) -> None:
     check(3, 4096 + 8, torch.bfloat16, True, device)
 
@@ -70,6 +76,16 @@ def test_gradients_of_the_reference(gated: bool) -> None:
         lambda *each: op.swiglu_gate(each[0], each[1] if gated else None),
         [leaf.requires_grad_() for leaf in leaves],
     )
+
+
+def test_the_gradient_of_gates_by_the_reference_multiplies_in_fp32() -> None:
+    """As autograd does through the reference: products in bf16 would be off by its eps."""
+    grad, projected, gates = inputs(5, 256, torch.bfloat16, True, torch.device("cpu"))
+    assert gates is not None
+    activation = reference.swiglu_gate(projected, gates.requires_grad_())
+    (expected,) = torch.autograd.grad(activation, gates, grad)
+    _, found, _ = reference.swiglu_gate_backward(grad, projected, gates.detach())
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -92,7 +108,11 @@ def test_autograd_goes_through_the_kernel(device: torch.device) -> None:
     ("change", "error", "words"),
     [
         (lambda x, g: (x.int(), g), TypeError, "projected has dtype torch.int32"),
-        (lambda x, g: (x[:, :25].contiguous(), g), ValueError, "even widths"),
+        (
+            lambda x, g: (x[:, :25].contiguous(), g),
+            ValueError,
+            "projected has 25 channels; .* even",
+        ),
         (lambda x, g: (x, g.bfloat16()), TypeError, "gates has dtype torch.bfloat16"),
         (lambda x, g: (x, g[:1].contiguous()), ValueError, r"gates has shape \[1\]"),
         (lambda x, g: (x, g[:3].contiguous()), ValueError, r"gates has shape \[3\]"),
@@ -126,7 +146,11 @@ def test_what_the_gradient_refuses(
 
 UNREADABLE = [
     (lambda x, g: (x.double(), g), TypeError, "projected has dtype torch.float64"),
-    (lambda x, g: (x[:, :20].contiguous(), g), ValueError, "multiples of 8"),
+    (
+        lambda x, g: (x[:, :20].contiguous(), g),
+        ValueError,
+        "projected has 10 channels in each half",
+    ),
     (lambda x, g: (x.t().contiguous().t(), g), ValueError, "contiguous"),
     (lambda x, g: (x.flatten()[1:-31].view(3, 32), g[:3]), ValueError, "modulo 16"),
     (lambda x, g: (x, g.double()), TypeError, "gates has dtype torch.float64"),

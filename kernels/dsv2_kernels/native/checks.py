@@ -96,16 +96,20 @@ class Arguments:
         """Refuse a value."""
         raise ValueError(self._text(name, str(found), supported))
 
-    def at_most(self, name: str, size: int, most: int) -> None:
-        """Refuse a size that is too large for a kernel."""
-        if self.for_kernel and size > most:
-            self.refuse(name, size, f"at most {most}")
+    def at_least_one(self, name: str, count: int, what: str = "") -> None:
+        """Refuse a number below 1, which the argument is, or has of `what`."""
+        self.require(count >= 1, name, f"{count} {what}".strip(), "at least 1")
 
-    def vectors(self, name: str, width: int, dtype: torch.dtype) -> None:
+    def at_most(self, name: str, count: int, most: int, what: str = "") -> None:
+        """Refuse a number that is too large for a kernel; `what` as above."""
+        if self.for_kernel and count > most:
+            self.refuse(name, f"{count} {what}".strip(), f"at most {most}")
+
+    def vectors(self, name: str, width: int, dtype: torch.dtype, what: str = "channels") -> None:
         """Refuse rows that are not a multiple of 16 bytes, which a kernel reads at a time."""
         size = _ALIGNMENT // dtype.itemsize
         if self.for_kernel and width % size:
-            self.refuse(name, width, f"multiples of {size} for {dtype}")
+            self.refuse(name, f"{width} {what}", f"multiples of {size} for {dtype}")
 
     def indices(self, name: str, indices: Tensor, count: int, *, once: bool = False) -> None:
         """Refuse indices that do not exist, on the host; kernels look at theirs in debug builds.

@@ -32,7 +32,8 @@ def sum_rows_backward(
     row_starts: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `values` [R, h] and of `gates` [R]."""
-    grad = grad_sums.index_select(0, tokens)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    grad = grad_sums.index_select(0, tokens).to(wide)
     grad_gates = (grad * values).sum(dim=-1, dtype=gates.dtype)
     return (grad * gates.unsqueeze(1)).to(values.dtype), grad_gates
 

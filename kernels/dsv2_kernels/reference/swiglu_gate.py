@@ -19,13 +19,14 @@ def swiglu_gate_backward(
     """Gradients of `projected` [R, 2f] and of `gates` [R] ([0] without), and the activation."""
     g, u = projected.chunk(2, dim=-1)
     sigmoid = g.sigmoid()
-    silu = g * sigmoid
+    silu = torch.nn.functional.silu(g)
     ungated = silu * u
     grad_gates = torch.empty(0, dtype=torch.float32, device=projected.device)
     grad = grad_activation
     activation = ungated
     if gates is not None:
-        grad_gates = (grad_activation * ungated).sum(dim=-1, dtype=gates.dtype)
+        wide = torch.promote_types(projected.dtype, torch.float32)
+        grad_gates = (grad_activation.to(wide) * ungated).sum(dim=-1, dtype=gates.dtype)
         grad = (grad_activation * gates.unsqueeze(1)).to(projected.dtype)
         activation = (ungated * gates.unsqueeze(1)).to(projected.dtype)
     grad_g = grad * u * sigmoid * (1 + g * (1 - sigmoid))
