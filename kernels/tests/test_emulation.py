@@ -53,7 +53,7 @@ KERNELS = {
         "SHARED_ARRAY(int, cells, 1); if (!threadIdx.x) cells[0] = blockIdx.x;"
         " __syncthreads(); out[me] = cells[0];"
     ),
-    "index_out_of_range": 'CHECK_DEVICE(me != 37, "an index of 37");',
+    "index_out_of_range": 'CHECK_DEVICE(me != 37, "an index", me);',
     "atomic": "atomicAdd(out, 1);",
     "dimensions": "",
     "bfloat16": "",
@@ -133,7 +133,7 @@ LANES = torch.arange(32, dtype=torch.int32)
         ("not_in_own_mask", "a lane is not in the mask of its own collective"),
         ("reads_lane_outside_mask", "a lane reads from a lane outside the mask"),
         ("reads_ended_lane", "a lane reads from a lane that has ended"),
-        ("index_out_of_range", r"an index of 37, in block \(0, 0, 0\), thread \(37, 0, 0\)"),
+        ("index_out_of_range", r"an index: found 37, in block \(0, 0, 0\), thread \(37, 0, 0\)"),
     ],
 )
 def test_what_is_undefined_is_told_with_its_place(run: Run, name: str, words: str) -> None:

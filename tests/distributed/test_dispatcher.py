@@ -177,7 +177,7 @@ def _outputs(rank: int, *overrides: str) -> tuple[torch.Tensor, dict[str, int]]:
         mock.patch.object(token_dispatcher, "fused_dispatch", side_effect=fake.dispatch) as deepep,
         mock.patch.object(token_dispatcher, "fused_combine", fake.combine),
         mock.patch.object(token_dispatcher, "set_deepep_num_sms", lambda _: None),
-        mock.patch("dsv2_train.model.implementation.why_no", _only_deepep),
+        mock.patch("dsv2_train.model.implementation.why_no_package", _only_deepep),
     ):
         model, _ = build_on_cpu(config)
         roughen(model)

@@ -129,7 +129,7 @@ def installed() -> Iterator[Any]:
         mock.patch.dict(sys.modules, {**package, path: wrappers}),
         mock.patch.object(utils, "_te_version", None),
         mock.patch.object(extensions, "transformer_engine", wrappers),
-        mock.patch("dsv2_train.model.implementation.why_no", return_value=None),
+        mock.patch("dsv2_train.model.implementation.why_no_package", return_value=None),
     ):
         spec.loader.exec_module(wrappers)
         column = wrappers.TEColumnParallelLinear
