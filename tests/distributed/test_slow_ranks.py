@@ -23,8 +23,8 @@ LAYOUTS = {
     "expert parallel": ("parallel.pp=1", "parallel.ep=2"),
     "pipeline": ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=zb_h1"),
 }
-# A pause of 0.12 s makes a part of some milliseconds many times as long; on busy cores a rank can
-# be slow by chance, not as much as that in two measured steps in a row.
+# A pause of 0.25 s makes a part of some milliseconds many times as long, also on slow cores. A rank
+# can be slow by chance, not as much as that in two measured steps in a row.
 RULE = (
     "monitor.slow_ranks.every_steps=2",
     "monitor.slow_ranks.min_ratio=3.0",

@@ -80,7 +80,7 @@ def own_host() -> Iterator[None]:
         yield
 
 
-PAUSE_S = 0.12
+PAUSE_S = 0.25
 
 
 def _slow(owner: Any, name: str) -> AbstractContextManager[Any]:
