@@ -3,12 +3,13 @@
 import os
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.world import World
+from tests.helpers.world import NEVER_MET, World
 
 
 def rank_and_size(rank: int) -> tuple[int, int]:
@@ -27,12 +28,30 @@ def die(rank: int) -> None:
     time.sleep(60)
 
 
+def never_meet_at_first(rank: int, trace: Path) -> int:
+    with trace.open("a") as file:
+        file.write(f"{rank}")
+    if trace.stat().st_size <= 2:
+        raise RuntimeError(f"{NEVER_MET} with [pair.cc:553] Connection closed by peer")
+    return rank
+
+
+def never_meet_always(rank: int) -> None:
+    raise RuntimeError(NEVER_MET)
+
+
 def hang(rank: int) -> None:
     time.sleep(60 * rank)
 
 
 def warn(rank: int) -> None:
     warnings.warn("of something", DeprecationWarning, stacklevel=1)
+
+
+def test_ranks_that_never_met_are_started_once_more(world: World, tmp_path: Path) -> None:
+    assert world.run(never_meet_at_first, 2, tmp_path / "trace") == [0, 1]
+    with pytest.raises(RuntimeError, match=NEVER_MET):
+        world.run(never_meet_always, 1)
 
 
 def test_worlds_of_any_size_follow_each_other(world: World) -> None:

@@ -48,6 +48,7 @@ ReturnToService=2
 SlurmdTimeout=6
 MessageTimeout=4
 KillWait=15
+OverTimeLimit=1
 MinJobAge=3600
 JobRequeue=1
 {nodes}
