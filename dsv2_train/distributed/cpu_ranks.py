@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def _replace(owner: object, **attributes: object) -> None:
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+
+
 @contextlib.contextmanager
 def _imported_without_a_compiler() -> Iterator[None]:
     """`megatron.core.jit`, which hands functions to `torch.compile` when it is imported.
@@ -26,11 +31,11 @@ def _imported_without_a_compiler() -> Iterator[None]:
     """
     compiles = torch.compile
     if torch.version.cuda is None and "megatron.core" not in sys.modules:
-        torch.compile = _as_it_is  # type: ignore[assignment]
+        _replace(torch, compile=_as_it_is)
     try:
         yield
     finally:
-        torch.compile = compiles
+        _replace(torch, compile=compiles)
 
 
 def _as_it_is(function: object = None, **_: object) -> object:
@@ -164,8 +169,3 @@ def _moves_elsewhere(record: logging.LogRecord) -> bool:
 def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
     del record_stream
     return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
-
-
-def _replace(owner: object, **attributes: object) -> None:
-    for name, value in attributes.items():
-        setattr(owner, name, value)
